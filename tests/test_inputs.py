@@ -274,11 +274,11 @@ def test_a_leaf_that_is_no_array_of_floats_is_refused_with_its_path(
         (jnp.ones(2), "^params: must be the nested dict"),
         (
             {1: {"kernel": jnp.ones((2, 2))}},
-            "^params: the keys of its dicts must be strings, 1 is none; write '1'",
+            "^params: the keys of its dicts must be strings, not 1; use '1'",
         ),
         (
             {"a": {("b",): jnp.ones((2, 2))}},
-            r"^params: the keys of its dicts must be strings, \('b',\) is none",
+            r"^params: the keys of its dicts must be strings, not \('b',\)",
         ),
         ({"a": {"kernel": torch.ones(2, 2)}}, r"^a/kernel: must be an array, is tensor\("),
         ({"a": {"other": torch.ones(2, 2).int()}}, r"^a/other: must be an array, is tensor\("),
@@ -313,7 +313,7 @@ def test_a_tree_is_rewritten_once_by_whatever_method(first: str, second: str) ->
     _, params = load("llama")
     rewritten = jaxpeft.rewrite(METHODS[first](), params, KEY)
     with pytest.raises(
-        ConfigError, match=f"already holds {first} leaves; rewrite the base, or merge first"
+        ConfigError, match=f"already has {first} leaves; rewrite the base, or merge first"
     ):
         jaxpeft.rewrite(METHODS[second](), rewritten, KEY)
 
@@ -323,7 +323,7 @@ def test_a_tree_is_rewritten_once_by_whatever_method(first: str, second: str) ->
     [
         (
             jaxpeft.LoRA(rank=2, targets=LORA.targets),
-            r"^model/layers/0/self_attn/q_proj/lora_a: has shape \[32, 4\], and lora .* \[32, 2\]",
+            r"^model/layers/0/self_attn/q_proj/lora_a: has shape \[32, 4\], but lora .* \[32, 2\]",
         ),
         (
             jaxpeft.LoRA(rank=8, targets=LORA.targets),
@@ -331,19 +331,19 @@ def test_a_tree_is_rewritten_once_by_whatever_method(first: str, second: str) ->
         ),
         (
             jaxpeft.LoRA(rank=4, targets=["q_proj"]),
-            r"v_proj/lora_a: lora with these options does not make this leaf",
+            r"v_proj/lora_a: lora with these options does not have this leaf",
         ),
         (
             jaxpeft.LoRA(rank=4),
-            r"/lora_a: lora with these options makes this leaf, and it is not there",
+            r"/lora_a: is missing, but lora with these options has it",
         ),
         (
             jaxpeft.LoRA(rank=4, targets=LORA.targets, dropout=0.1),
-            r"lora_dropout: lora with these options makes this leaf",
+            r"lora_dropout: is missing, but lora with these options has it",
         ),
         (jaxpeft.LoRA(rank=4, targets=["query"]), "targets: 'query' matches no site"),
-        (jaxpeft.DoRA(rank=4, targets=LORA.targets), "no module holds dora leaves"),
-        (jaxpeft.IA3(), "no module holds ia3 leaves"),
+        (jaxpeft.DoRA(rank=4, targets=LORA.targets), "no module has dora leaves"),
+        (jaxpeft.IA3(), "no module has ia3 leaves"),
     ],
 )
 @pytest.mark.parametrize("scanned", [False, True])
@@ -364,7 +364,7 @@ def test_a_tree_of_two_adapters_is_not_merged_by_one_of_them() -> None:
     both = jaxpeft.Mixed(methods=(LORA, jaxpeft.IA3(targets=["k_proj"], feedforward=[])))
     tree = jaxpeft.rewrite(both, params, KEY)
     with pytest.raises(
-        ConfigError, match=r"k_proj/ia3_l: lora with these options does not make this leaf"
+        ConfigError, match=r"k_proj/ia3_l: lora with these options does not have this leaf"
     ):
         jaxpeft.merge(LORA, tree)
     assert jaxpeft.merge(both, tree)

@@ -1,3 +1,3 @@
-"""The mechanism: tree paths, sites and targets, partition and combine, the interceptor, the
+"""The mechanism: tree paths, target modules, partition and combine, the interceptor, and the
 `Method` type.
 """

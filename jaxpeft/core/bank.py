@@ -1,7 +1,7 @@
-"""Several adapters in one tree: a bank, whose adapter leaves have an axis that counts the adapters.
+"""Adapter stacks: several adapters in one tree, whose adapter leaves have an adapter axis.
 
-One program serves them all: which adapter computes is an argument of `jaxpeft.apply`, a number for
-the whole batch or one for each row, so switching compiles nothing.
+The adapter is an argument of `jaxpeft.apply`, one index for the batch or one per row (multi-adapter
+batch), so switching adapters does not recompile.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from jaxpeft.errors import ConfigError
 def bank(
     adapters: Sequence[tuple[Method, Mapping[str, Any]]], *, sites: Sequence[Site] | None = None
 ) -> Tree:
-    """Put adapters of one base into one tree.
+    """Stack adapters of one base into one tree.
 
-    A leaf `[...]` becomes `[n, ...]`, below the layer axis where there is one; leaves that differ
-    in rank are padded by zeros to the largest.
+    A leaf `[...]` becomes `[n, ...]`, with the new axis after the layer axis if there is one.
+    Adapters of lower rank are padded with zeros.
 
     Args:
-        adapters: `(method, params)` each, of the same kind of method on the same base.
-        sites: of a model that is not jaxpeft's own, as given to `rewrite`: they say which leaves
-            have axes of layers.
+        adapters: a `(method, params)` pair for each adapter, all with the same method and base.
+        sites: the sites given to `rewrite` for a model that is not jaxpeft's own; they determine
+            which leaves have layer axes.
 
     Returns:
         A tree for `jaxpeft.apply(model, tree, ..., adapter=i)`.
 
     Raises:
-        ConfigError: the methods are of different kinds, adapt other sites, or train leaves of the
-            base, which only one of them can have.
+        ConfigError: The methods or their sites differ, or the adapters trained leaves of the base
+            to different values.
     """
     if not adapters:
-        raise ConfigError("bank: no adapter is given")
+        raise ConfigError("bank: needs at least one adapter")
     first, params = adapters[0]
     kinds = {method.name for method, _ in adapters}
     if len({_kinds(method) for method, _ in adapters}) > 1:
@@ -54,8 +54,8 @@ def bank(
         odd = sorted(leaves[0].keys() ^ other.keys())
         if odd:
             raise ConfigError(
-                f"bank: adapters 0 and {i} hold other leaves, such as {paths.text(odd[0])}; give"
-                " all the same targets and options"
+                f"bank: adapters 0 and {i} have different leaves, such as {paths.text(odd[0])}; use"
+                " the same targets and options for all"
             )
     require_same_base(adapters)
     names = adapter_names(first)
@@ -72,13 +72,13 @@ def bank(
 def pick(
     method: Method, tree: Mapping[str, Any], i: int, *, sites: Sequence[Site] | None = None
 ) -> Tree:
-    """Return the tree of one adapter of a bank, padded as it is there.
+    """Return the tree of one adapter of a stack, including its zero padding.
 
     Args:
-        method: one of those that the bank was made of.
-        tree: the bank.
-        i: which adapter.
-        sites: as given to `bank`.
+        method: method of one of the adapters.
+        tree: the adapter stack.
+        i: index of the adapter.
+        sites: the sites given to `bank`.
     """
     names = adapter_names(method)
 
@@ -91,7 +91,7 @@ def pick(
 
 
 def _layer_axes(path: Path, sites: Sequence[Site] | None) -> int:
-    """Return how many leading axes of a leaf count layers."""
+    """Return the number of layer axes of a leaf."""
     if sites is None:
         return int(paths.layer_axis(path) is not None)
     return next((len(site.layers) for site in sites if site.path == path[:-1]), 0)
@@ -104,11 +104,10 @@ def _kinds(method: Method) -> tuple[str, ...]:
 
 
 def require_same_base(adapters: Sequence[tuple[Method, Mapping[str, Any]]]) -> None:
-    """Refuse adapters that trained leaves of the base to different numbers: one tree can hold one
-    of them only.
+    """Raise an error if adapters trained the same leaf of the base to different values.
 
     Raises:
-        ConfigError: naming the leaf.
+        ConfigError: They did; it names the leaf.
     """
     first = dict(paths.walk(adapters[0][1]))
     for i, (method, tree) in enumerate(adapters):
@@ -124,8 +123,8 @@ def require_same_base(adapters: Sequence[tuple[Method, Mapping[str, Any]]]) -> N
         ]
         if changed:
             raise ConfigError(
-                f"{paths.text(changed[0])} is a leaf of the base, and adapters 0 and {i} trained it"
-                " to different numbers; adapter leaves alone can be put together"
+                f"{paths.text(changed[0])} is a leaf of the base that adapters 0 and {i} trained to"
+                " different values; only adapter leaves can be stacked"
             )
 
 

@@ -1,9 +1,9 @@
-r"""Regular expressions of users, and of adapters from whoever made them, matched in limited time.
+r"""Regular expressions from users and untrusted adapters, matched within a time limit.
 
-What an expression is, Python's `re` says, by which PEFT matches; `regex` matches it, since it can
-be stopped. Where the two would read an accepted expression differently it is written for `regex` as
-`re` reads it; what is left is that `\w` of `regex` takes combining marks. Neither compiling nor the
-memory of a match can be stopped: both are bounded by what an expression may hold.
+The syntax is that of Python's `re`, as in PEFT, but `regex` does the matching because it supports
+timeouts. Where the two differ, the expression is rewritten so that `regex` reads it like `re`; the
+only remaining difference is that `\w` in `regex` matches combining marks. The cost of compilation
+and the memory of a match are bounded by limits on the expression.
 """
 
 from __future__ import annotations
@@ -24,71 +24,65 @@ if TYPE_CHECKING:
 SECONDS = 2
 LONGEST, MOST_GROUPS, MOST_REPEATS = 1000, 32, 1000
 _REPEAT = re.compile(r"\{([0-9]*),?([0-9]*)\}")
-# `regex` reads braces that are no repetition as fuzzy matching, and [: as the name of a class
+# `regex` interprets braces without counts as fuzzy matching, and [: as a character class name
 _READ_OTHERWISE = re.compile(r"(\\N\{[^}]*\}|\\.)|\{(?![0-9]*,?[0-9]*\})|(?<=\[):", re.DOTALL)
 
 
 def find_expression_fault(text: Any) -> str | None:
-    """Return why a text is no regular expression or one that is too large, None where it is neither
-    (or no text).
-    """
+    """Return why a string is not a valid regular expression or too large; None if it is valid."""
     if not isinstance(text, str):
         return None
     if len(text) > LONGEST:
         return (
-            f"{show(text)} is a regular expression of {len(text):,} characters; at most"
-            f" {LONGEST:,} are taken"
+            f"{show(text)} is a regular expression of {len(text):,} characters; the limit is"
+            f" {LONGEST:,}"
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of a set in a set: Python keeps what it compiled, as it reads it today
+            warnings.simplefilter("ignore")  # about nested sets, a future change of Python
             re.compile(text)
     except (re.error, RecursionError, OverflowError) as error:
         return f"{show(text)} is not a regular expression ({error})"
     if text.count("(") > MOST_GROUPS:
         return (
-            f"{show(text)} is a regular expression of {text.count('(')} groups; at most"
-            f" {MOST_GROUPS} are taken"
+            f"{show(text)} is a regular expression with {text.count('(')} groups; the limit is"
+            f" {MOST_GROUPS}"
         )
     repeats = math.prod(
         max(1, *(int(count or 0) for count in counts)) for counts in _REPEAT.findall(text)
     )
     if repeats > MOST_REPEATS:
         return (
-            f"{show(text)} is a regular expression whose {{counts}} of repetitions make"
-            f" {repeats:,} when multiplied; at most {MOST_REPEATS:,} are taken: write * or + for a"
-            " large count"
+            f"{show(text)} is a regular expression whose repetition {{counts}} multiply to"
+            f" {repeats:,}; the limit is {MOST_REPEATS:,}: use * or + for a large count"
         )
     return None
 
 
 def full_match(expression: str, name: str, seconds: float = SECONDS) -> regex.Match[str] | None:
-    """Match a name, as a whole, with an expression that is not broken.
+    """Match a full name against a valid expression.
 
     Raises:
-        TargetError: it takes longer than `seconds` of this process's time.
+        TargetError: It takes longer than `seconds` of this process's time.
     """
     try:
         return _compile(expression).fullmatch(name, timeout=seconds)
     except TimeoutError:
         raise TargetError(
-            f"the regular expression {expression!r} takes more than {SECONDS} s on {name}"
+            f"the regular expression {expression!r} takes more than {SECONDS} s to match {name}"
         ) from None
 
 
 def require_fast(field: str, expressions: Mapping[str, str], names: Sequence[str]) -> None:
-    """Refuse an expression that is broken, or takes too long on the names that it is to be matched
-    with.
+    """Raise an error if an expression is invalid or takes too long to match the names.
 
     Args:
-        field: the option that they come from.
-        expressions: what the user wrote, and the expression that it stands for.
-        names: what each expression is matched with, as a whole.
+        field: name of the option with the expressions.
+        expressions: maps the user's text to the expression that is matched.
+        names: the names to match.
 
     Raises:
-        TargetError: naming the expression.
+        TargetError: An expression is invalid or too slow; it names the expression.
     """
     end = time.process_time() + SECONDS
     for text, expression in expressions.items():
@@ -99,8 +93,8 @@ def require_fast(field: str, expressions: Mapping[str, str], names: Sequence[str
                 full_match(expression, name, max(0.0, end - time.process_time()))
         except TargetError:
             raise TargetError(
-                f"{field}: the regular expression {text!r} takes more than {SECONDS} s on the names"
-                " of the model's modules; write it without repetitions inside repetitions"
+                f"{field}: the regular expression {text!r} takes more than {SECONDS} s to match the"
+                " model's module names; avoid nested repetitions"
             ) from None
 
 

@@ -1,4 +1,4 @@
-"""What a method has added to a site, folded into the leaves of the base."""
+"""Folding the adapters of a site into the leaves of the base."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from jaxpeft.errors import ConfigError
 
 
 def can_fold(kind: type[Method]) -> bool:
-    """Return whether plain leaves compute what a method does; what adds no leaf is plain
-    already.
-    """
+    """Return whether a method can be folded into plain leaves, or adds no leaves."""
     return kind.fold is not Method.fold or kind.leaves.marker is None
 
 
 def fold_site(parts: Sequence[Method], site: Site, node: Leaves, roots: Leaves) -> dict[str, Any]:
-    """Return the base leaves of one site with every adapter in it folded in, in their dtypes;
-    nothing where there is none.
+    """Return the base leaves of one site, in their dtypes, with its adapters folded in.
+
+    The result is empty if the site has no adapter.
 
     Args:
         parts: the methods that add leaves, in the order in which they compute.
-        site: where.
-        node: the leaves of its module, those of its adapters among them.
+        site: the site.
+        node: leaves of its module, including adapter leaves.
         roots: the adapters' leaves at the root of the tree.
 
     Raises:
-        ConfigError: an adapter changes a leaf that the module has not, or the kernel is quantized.
+        ConfigError: An adapter changes a leaf that the module does not have, or the kernel is
+            quantized.
     """
     adapters = {name for part in parts for name in part.leaves.names}
     before = {
@@ -45,11 +45,10 @@ def fold_site(parts: Sequence[Method], site: Site, node: Leaves, roots: Leaves) 
         for key, leaf in node.items()
         if key not in adapters and not isinstance(leaf, Mapping)
     }
-    left, out = dict(node), dict[str, Any]()
+    remaining, out = dict(node), dict[str, Any]()
     for part in parts:
-        own = {
-            key: left.pop(key) for key in part.leaves.names if key in left
-        }  # two parts may be of one method
+        # two parts may have the same method
+        own = {key: remaining.pop(key) for key in part.leaves.names if key in remaining}
         if own:
             shared = {key: roots[key] for key in part.leaves.root if key in roots}
             out |= _fold_layers(part, site, own, shared, {**before, **out}, before if out else None)
@@ -57,12 +56,11 @@ def fold_site(parts: Sequence[Method], site: Site, node: Leaves, roots: Leaves) 
 
 
 def parts_that_add(method: Method, markers: Iterable[str]) -> list[Method]:
-    """Return the methods that add leaves, in the order in which they compute a site that several of
-    them adapt.
+    """Return the parts of a method that add leaves, in the order in which they compute a site.
 
     Args:
-        method: whose parts they are.
-        markers: of all methods, in the order in which the interceptor lets them compute.
+        method: the method.
+        markers: marker leaves of all methods, in the order in which the interceptor applies them.
     """
     order = {marker: i for i, marker in enumerate(markers)}
     adding = [part for part in method.parts() if part.leaves.site or part.leaves.root]
@@ -72,7 +70,7 @@ def parts_that_add(method: Method, markers: Iterable[str]) -> list[Method]:
 
 
 def _cast_to_base(value: jax.Array, leaf: Any, site: Site, kernel: bool) -> jax.Array:
-    """Return a folded leaf the axes and the dtype of the base's."""
+    """Return a folded leaf with the axes and dtype of the base's leaf."""
     return (
         kernels.to_stored(value, leaf, site.order) if kernel else value.reshape(leaf.shape)
     ).astype(leaf.dtype)
@@ -81,34 +79,35 @@ def _cast_to_base(value: jax.Array, leaf: Any, site: Site, kernel: bool) -> jax.
 def _fold_layers(
     method: Method, site: Site, own: Leaves, shared: Leaves, plain: Leaves, before: Leaves | None
 ) -> dict[str, Any]:
-    """Return the base leaves of a site with its adapter folded in, layer by layer; `before` are
-    those without any adapter.
+    """Return the base leaves of a site with one adapter folded in, layer by layer.
+
+    `before` are the original base leaves if another adapter is already folded in.
     """
     form = kernels.form_of(plain) or "kernel"
     if form not in ("kernel", "embedding"):
         raise ConfigError(
-            f"{paths.text(site.path)} is stored as {form}; jaxpeft.merge_quantized decodes it, or"
-            " merge into the base that is not quantized"
+            f"{paths.text(site.path)} is stored as {form}; use jaxpeft.merge_quantized, or merge"
+            " into the unquantized base"
         )
     layers: list[dict[str, Any]] = []
     for i in range(len(site.names)):
         mine, base = layer_of(site, own, i), layer_of(site, plain, i)
-        given = {key: jnp.asarray(leaf, jnp.float32) for key, leaf in base.items()}
+        wide = {key: jnp.asarray(leaf, jnp.float32) for key, leaf in base.items()}
         on = mine.pop(method.leaves.names[-1], True)
-        whole = {**given, "kernel": kernels.read(base, site.shape, site.order)}
-        whole |= {"bias": given["bias"].reshape(-1)} if "bias" in given else {}
-        whole |= {} if before is None else {"original": kernel_of(site, before, i)}
-        folded = {**whole, **method.fold({**shared, **mine}, whole)} if bool(on) else whole
+        inputs = {**wide, "kernel": kernels.read(base, site.shape, site.order)}
+        inputs |= {"bias": wide["bias"].reshape(-1)} if "bias" in wide else {}
+        inputs |= {} if before is None else {"original": kernel_of(site, before, i)}
+        folded = {**inputs, **method.fold({**shared, **mine}, inputs)} if bool(on) else inputs
         kept = {
             form if key == "kernel" else key: value
             for key, value in folded.items()
             if key != "original"
         }
-        lost = sorted(kept.keys() - base.keys() - {"kernel"})
-        if lost:
+        missing = sorted(kept.keys() - base.keys() - {"kernel"})
+        if missing:
             raise ConfigError(
-                f"{site.names[i]}: {method.name} needs a {lost[0]} there when it is merged, and the"
-                " module has none; keep the adapter"
+                f"{site.names[i]}: merging {method.name} needs a {missing[0]}, but the module has"
+                " none; keep the adapter"
             )
         layers.append(
             {

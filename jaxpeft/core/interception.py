@@ -1,9 +1,9 @@
-"""How a Linen model computes with adapter leaves: one interceptor, no change to the model.
+"""Computing with adapter leaves in an unchanged Linen model, by one interceptor.
 
-Flax calls the interceptor for every method of every module. A module whose own scope holds a
-method's marker leaf is computed by that method; every other module runs as written. It works under
-`jit`, `grad`, `nn.scan`, `nn.vmap` and `nn.remat`, because the leaves are read from the scope, like
-any parameter. Leaves at the root of the tree, which sites share, come in from outside.
+Flax calls the interceptor for every method of every module. A module whose scope contains a
+method's marker leaf is computed by that method; every other module runs as written. This works
+under `jit`, `grad`, `nn.scan`, `nn.vmap` and `nn.remat`, because the leaves are read from the scope
+like any parameter. Leaves at the root of the tree, which sites share, are passed in separately.
 """
 
 from __future__ import annotations
@@ -24,18 +24,17 @@ from jaxpeft.errors import ConfigError
 from jaxpeft.kernels import joint
 
 TOGETHER = "together"
-"""The method of a linear module that computes others with it, which read the same input."""
+"""The method of a linear module that also computes other modules with the same input."""
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What computes a module that holds adapter leaves.
+    """The methods and inputs with which adapted modules are computed.
 
     Attributes:
-        methods: by their marker leaves.
+        methods: the methods by marker leaf.
         root: the leaves at the root of the tree.
-        rows: which adapter of a bank to compute with: int32, a scalar or `[batch]`; None where
-            leaves are no bank.
+        rows: adapter index in an adapter stack, int32, a scalar or `[batch]`; None without a stack.
     """
 
     methods: Mapping[str, Computation]
@@ -50,17 +49,17 @@ class Hooks:
         base: Callable[..., Any],
         key: Callable[[], Any] | None,
     ) -> Callable[..., Any]:
-        """Return what to call in place of a method of a module.
+        """Return the function that replaces a method of a module.
 
         Args:
             module: a Linen or an NNX module.
-            name: of its method.
-            leaves: of its own.
-            base: the method itself.
-            key: makes a dropout key, None outside of training calls.
+            name: name of its method.
+            leaves: the module's own leaves.
+            base: the original method.
+            key: makes a dropout key; None outside of training calls.
 
         Raises:
-            ConfigError: the module's type is not one that the method can adapt.
+            ConfigError: The method cannot adapt a module of this type.
         """
         if name == TOGETHER:
             return self._together(module, base, key is not None)
@@ -76,8 +75,9 @@ class Hooks:
     def _together(
         self, module: Any, base: Callable[..., Any], training: bool
     ) -> Callable[..., Any]:
-        """Compute sites that read the same input at once, where all of them can be, and one has an
-        adapter.
+        """Return a function that computes sites with the same input jointly.
+
+        It calls the original method if one of them cannot be computed so, or none has an adapter.
         """
 
         def call(x: Any, *others: Any) -> Any:
@@ -90,7 +90,7 @@ class Hooks:
         return call
 
     def _linear(self, module: Any, training: bool) -> joint.LinearSite | None:
-        """See a module as `x W + x A B`; None where it computes anything else."""
+        """Return a module in the form `x W + x A B`; None if it computes anything else."""
         if not hasattr(type(module), TOGETHER) or self.rows is not None:
             return None
         leaves = module.variables.get("params", {})
@@ -137,13 +137,14 @@ class Hooks:
         if on is not None and self.rows is not None:
             on = on[self.rows]
 
-        takes = tuple(inspect.signature(getattr(type(module), name)).parameters)[1:]
+        names = tuple(inspect.signature(getattr(type(module), name)).parameters)[1:]
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = _in_order(takes[: views.operands(module)], args, kwargs)
-            seen = views.view(module, name, leaves, args, base, method)
-            made = Call(own, seen.args, seen.base, seen.kernel, seen.bias, kwargs, key, rows)
-            out = seen.restore(compute(made))
+            args, kwargs = _in_order(names[: views.operands(module)], args, kwargs)
+            view = views.view(module, name, leaves, args, base, method)
+            out = view.restore(
+                compute(Call(own, view.args, view.base, view.kernel, view.bias, kwargs, key, rows))
+            )
             if on is None:
                 return out
             return jnp.where(
@@ -156,7 +157,7 @@ class Hooks:
 def _in_order(
     names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return a call's first inputs by place, those that were given by name among them."""
+    """Convert the first keyword arguments of a call to positional ones."""
     rest = dict(kwargs)
     for name in names[len(args) :]:
         if name not in rest:
@@ -166,22 +167,24 @@ def _in_order(
 
 
 def _require_inputs(module: Any, name: str, method: Computation) -> None:
-    """Refuse a module whose method does not take the inputs that an adapter gives it.
+    """Raise an error if a module's method lacks an input that an adapter passes.
 
     Raises:
-        ConfigError: naming the module's type and the input.
+        ConfigError: An input is missing; it names the module's type and the input.
     """
-    takes = inspect.signature(getattr(type(module), name)).parameters if method.sites.inputs else {}
+    parameters = (
+        inspect.signature(getattr(type(module), name)).parameters if method.sites.inputs else {}
+    )
     for wanted in method.sites.inputs:
-        if wanted not in takes:
+        if wanted not in parameters:
             raise ConfigError(
-                f"{type(module).__name__}.{name} takes no input {wanted!r}, which the {method.name}"
-                " method gives; it works on the models that jaxpeft.load gives"
+                f"{type(module).__name__}.{name} has no argument {wanted!r}, which the"
+                f" {method.name} method passes; it works on the models of jaxpeft.load"
             )
 
 
 def interceptor(hooks: Hooks) -> Callable[..., Any]:
-    """Make the function for `flax.linen.intercept_methods`."""
+    """Return the function for `flax.linen.intercept_methods`."""
     names = {TOGETHER, *(name for method in hooks.methods.values() for name in method.sites.hooks)}
 
     def intercept(
@@ -207,9 +210,7 @@ def interceptor(hooks: Hooks) -> Callable[..., Any]:
 
 
 def _repeatable(module: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a method of a Linen module run more than once in a call: each run names its parameters
-    anew.
-    """
+    """Make a method of a Linen module callable more than once, by rewinding the scope's names."""
     runs = 0
 
     def again(*args: Any, **kwargs: Any) -> Any:

@@ -1,10 +1,10 @@
 """The `Method` type: a frozen dataclass of hyperparameters with pure functions over one site.
 
-A method never sees the layer axis, a mesh or the train loop. It says, for one site of one layer,
-which leaves it adds (`init`), how the site computes with them (`compute`), and how they fold into
-the base (`fold`); `jaxpeft.core.rewriting`, `jaxpeft.core.interception` and `jaxpeft.core.folding`
-lift that to a whole tree. What it does in training beside that is in `jaxpeft.core.training_hooks`,
-how files call its leaves and options in its `PeftFormat`.
+A method does not depend on the layer axis, the mesh or the train loop. For one site of one layer it
+defines which leaves it adds (`init`), how the site computes with them (`compute`), and how they
+fold into the base (`fold`); `jaxpeft.core.rewriting`, `jaxpeft.core.interception` and
+`jaxpeft.core.folding` lift that to a tree. Optional behavior in training is in
+`jaxpeft.core.training_hooks`, and the names of its leaves and options in files in its `PeftFormat`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
 Leaves = Mapping[str, Any]
 Kernel = Callable[[], Any]
-"""Gives a site's kernel, float32 `[in, out]` (of an embedding `[vocab, d]`), however it is stored.
-"""
+"""Returns a site's kernel, float32 `[in, out]` (`[vocab, d]` for an embedding), however stored."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +34,15 @@ class Call:
     """One call of one site while the model runs.
 
     Attributes:
-        leaves: the adapter leaves of the site and those that its method keeps at the root of the
-            tree, without a layer axis.
-        args: what the module's method is called with; of a linear site one array, `[..., in]`.
-        kwargs: the same, by name.
-        base: the module's method without the adapter, `[..., in] -> [..., out]` of a linear site.
-        kernel: gives the base's kernel, float32 `[in, out]`.
-        bias: the base's bias `[out]`, None where it has none.
-        dropout_key: makes a fresh key in a training call, None otherwise.
-        rows: `[batch]` int32, which adapter of a stacked bank each row of a batch takes; None where
-            there is one.
+        leaves: adapter leaves of the site and of its method at the root of the tree, without a
+            layer axis.
+        args: positional arguments of the module's method; for a linear site one array, `[..., in]`.
+        kwargs: its keyword arguments.
+        base: the module's method without the adapter, `[..., in] -> [..., out]` for a linear site.
+        kernel: returns the base's kernel, float32 `[in, out]`.
+        bias: the base's bias `[out]`, or None.
+        dropout_key: makes a fresh key in a training call; None otherwise.
+        rows: `[batch]` int32, adapter index of each row of a multi-adapter batch; None otherwise.
     """
 
     leaves: Leaves
@@ -58,16 +56,15 @@ class Call:
 
     @property
     def x(self) -> Any:
-        """What a linear site is called with, `[..., in]`."""
+        """The input of a linear site, `[..., in]`."""
         return self.args[0]
 
     def each(self, fn: Callable[..., Any], *arrays: Any) -> Any:
-        """Compute `fn(leaves, *arrays)`; where each row of the batch has an adapter of its own, row
-        by row.
+        """Compute `fn(leaves, *arrays)`, per row with its own leaves in a multi-adapter batch.
 
         Args:
             fn: a pure function of adapter leaves and arrays.
-            *arrays: with a leading batch axis.
+            *arrays: arrays with a leading batch axis.
         """
         if self.rows is None:
             return fn(self.leaves, *arrays)
@@ -79,19 +76,19 @@ class Call:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """What every fine-tuning method is.
+    """The base class of all fine-tuning methods.
 
     Attributes:
-        modules_to_save: names of modules trained and saved whole, beside what the method adds; the
-            task head always is.
+        modules_to_save: names of modules that are fully trained and saved in addition to the
+            adapter; the task head always is.
 
     Class attributes:
         name: its name in configs and files.
-        paper: where it comes from.
+        paper: citation.
         leaves: the leaves that it adds.
-        sites: the modules that it can adapt, and the functions that compute them; by default
-            `compute`.
-        peft: how its adapters stand in files.
+        sites: the modules that it can adapt, and the functions that compute them; `compute` by
+            default.
+        peft: the file format of its adapters.
     """
 
     name: ClassVar[str]
@@ -101,25 +98,25 @@ class Method:
     peft: ClassVar[PeftFormat[Any]] = PeftFormat()
 
     modules_to_save: tuple[str, ...] = option(
-        (), "names of modules trained and saved whole, beside the adapter"
+        (), "names of modules that are fully trained and saved in addition to the adapter"
     )
 
     def __post_init__(self) -> None:
-        found = settle(self, self.name)
-        if found:
-            raise ConfigError(found)
+        problems = settle(self, self.name)
+        if problems:
+            raise ConfigError(problems)
 
     def problems(self) -> list[str]:
-        """List what is wrong across options, each as `field: why`."""
+        """List the errors that involve several options, each as `field: why`."""
         return []
 
     def parts(self) -> tuple[Method, ...]:
-        """Return the methods that this one is made of: itself, but for a method made of methods."""
+        """Return the parts of a mixed method; only itself for any other method."""
         return (self,)
 
     @property
     def fresh_is_base(self) -> bool:
-        """Whether a fresh adapter leaves every output as it was, bit by bit."""
+        """Whether a fresh adapter leaves every output bit-identical."""
         return True
 
     # ---------------------------------------------------------------------------------------- sites
@@ -128,29 +125,29 @@ class Method:
         """Return the target options, or None for a method that adds no leaves to sites.
 
         Args:
-            names: the Hugging Face names of all sites of the method's kinds, for defaults that
-                depend on the model.
+            names: Hugging Face names of all sites of the method's kinds, for defaults that depend
+                on the model.
         """
         del names
         return None
 
     def check_sites(self, names: tuple[str, ...]) -> None:
-        """Check options that name sites, given the names of all adapted ones.
+        """Check options that name sites against the names of all adapted sites.
 
         Raises:
-            TargetError: an option names a site that is not adapted.
+            TargetError: An option names a site that is not adapted.
         """
         del names
 
     # --------------------------------------------------------------------------------------- leaves
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Make the adapter leaves of one site of one layer, float32.
+        """Initialize the float32 adapter leaves of one site of one layer.
 
         Args:
-            site: one layer of a site: `site.name` is its Hugging Face name, with the layer number.
-            kernel: gives its kernel.
-            rng: a key of its own.
+            site: one layer of a site; `site.name` is its Hugging Face name with the layer number.
+            kernel: returns its kernel.
+            rng: a key for this site and layer only.
         """
         raise NotImplementedError(
             f"{self.name} adds no leaves"
@@ -159,25 +156,25 @@ class Method:
     def init_root(
         self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array
     ) -> dict[str, jax.Array]:
-        """Make the leaves at the root of the tree, float32.
+        """Initialize the float32 leaves at the root of the tree.
 
         Args:
-            params: the base; abstract leaves will do.
-            sites: that are adapted, one a layer.
-            rng: a key of its own.
+            params: the base; its leaves may be abstract.
+            sites: the adapted sites, one per layer.
+            rng: a key for these leaves only.
         """
         del params, sites, rng
         return {}
 
     def trains(self, path: Path, params: Leaves) -> bool:
-        """Return whether the method trains a leaf of the base or of its own.
+        """Return whether the method trains a leaf of the base or of the adapter.
 
         Args:
-            path: of the leaf.
-            params: the whole tree, rewritten; abstract leaves will do.
+            path: path of the leaf.
+            params: the rewritten tree; its leaves may be abstract.
 
         Raises:
-            ConfigError: the leaf is stacked, and some of its layers only would be trained.
+            ConfigError: The leaf is stacked, and only some of its layers would be trained.
         """
         del params
         return path[-1] in self.leaves.trained
@@ -192,13 +189,13 @@ class Method:
         """Fold the adapter leaves of one site of one layer into its base leaves.
 
         Args:
-            leaves: the site's adapter leaves, and those at the root.
-            base: its base leaves, float32; `kernel` is `[in, out]`, of an embedding `[vocab, d]`;
-                and `original`, where another method's adapter is folded into that already: the
-                kernel as it was, which `compute` sees.
+            leaves: adapter leaves of the site and at the root.
+            base: its float32 base leaves; `kernel` is `[in, out]`, or `[vocab, d]` for an
+                embedding. If another adapter is already folded into it, `original` is the original
+                kernel, which `compute` uses.
 
         Returns:
-            Those of the base leaves that are changed, float32.
+            The changed base leaves, float32.
         """
         del leaves
         return dict(base)

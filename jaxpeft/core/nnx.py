@@ -1,8 +1,8 @@
 """NNX modules: their parameters as a plain tree, their sites, and computing with adapter leaves.
 
-An NNX module holds its arrays itself. `params_of` takes them out as the nested dict that every
-function here works on; `run` puts a tree into a copy of the module, made for the call, whose sites
-are of a class that computes with what they hold. The module that was given is not touched.
+An NNX module owns its arrays. `params_of` returns them as the nested dict that every function here
+uses; `run` puts a tree into a temporary copy of the module, whose sites have a subclass that
+computes with the adapter leaves. The original module is not changed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ from jaxpeft.errors import ConfigError
 
 
 def params_of(model: nnx.Module) -> Tree:
-    """Return the parameters of a module as a nested dict of arrays; numbers of a list's items
-    become strings.
-    """
+    """Return the parameters of a module as a nested dict of arrays, with string keys throughout."""
     return _plain(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
 
 
@@ -38,14 +36,14 @@ def _plain(node: Any) -> Any:
 
 
 def with_params(model: nnx.Module, params: Mapping[str, Any]) -> nnx.Module:
-    """Return a copy of a module that holds these parameters.
+    """Return a copy of a module with these parameters.
 
     Args:
         model: a module; it is not changed.
-        params: a tree of plain leaves, as `params_of` or `jaxpeft.merge` gives it.
+        params: a tree of plain leaves, from `params_of` or `jaxpeft.merge`.
 
     Raises:
-        ConfigError: a leaf has no place in the module.
+        ConfigError: The module has no parameter for a leaf.
     """
     copy = nnx.clone(model)
     for path, leaf in paths.walk(params):
@@ -53,7 +51,7 @@ def with_params(model: nnx.Module, params: Mapping[str, Any]) -> nnx.Module:
         variable = getattr(holder, path[-1], None)
         if not isinstance(variable, nnx.Variable):
             raise ConfigError(
-                f"{paths.text(path)} has no place in this module; merge the adapter first"
+                f"{paths.text(path)} is not a parameter of this module; merge the adapter first"
             )
         variable[...] = leaf
     return copy
@@ -71,7 +69,7 @@ def _attribute(node: Any, key: str) -> Any:
 
 
 def modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
-    """Yield the modules inside a module with their paths, itself first."""
+    """Yield a module and its submodules with their paths."""
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Module):
             yield tuple(map(str, path)), node
@@ -94,16 +92,16 @@ def run(
     args: Any,
     kwargs: Any,
 ) -> Any:
-    """Call a module with the leaves of a tree, adapter leaves among them.
+    """Call a module with the leaves of a tree, including adapter leaves.
 
     Args:
-        model: the module; it is not changed, and what it would change of itself (statistics,
-            caches) is dropped.
+        model: the module; it is not changed, and updates of its state (statistics, caches) are
+            dropped.
         params: the tree, rewritten or not.
-        hooks: what computes a site that holds adapter leaves.
-        key: for dropout of the adapters; None where there is none.
-        args: what it is called with.
-        kwargs: the same, by name.
+        hooks: the methods that compute adapted sites.
+        key: key for the adapters' dropout, or None.
+        args: positional arguments of the module.
+        kwargs: keyword arguments of the module.
     """
     copy = nnx.clone(model)
     for path, node in list(_nodes(params)):
@@ -114,12 +112,12 @@ def run(
         added = {name: leaf for name, leaf in node.items() if name not in held}
         if added and path:
             _adapt(holder, added)
-    whole = {name: leaf for name, leaf in params.items() if not isinstance(leaf, Mapping)}
+    root = {name: leaf for name, leaf in params.items() if not isinstance(leaf, Mapping)}
     count = itertools.count()
     keys = None if key is None else lambda: jax.random.fold_in(key, next(count))
     token = _ACTIVE.set((hooks, keys))
     try:
-        return hooks.wrap(copy, "__call__", whole, copy, keys)(*args, **kwargs)
+        return hooks.wrap(copy, "__call__", root, copy, keys)(*args, **kwargs)
     finally:
         _ACTIVE.reset(token)
 
@@ -134,11 +132,9 @@ def _nodes(tree: Mapping[str, Any], prefix: Path = ()) -> Iterator[tuple[Path, d
 
 
 def _adapt(holder: Any, added: Mapping[str, Any]) -> None:
-    """Return a module of the copy its adapter leaves, as parameters of its own, and a class that
-    computes with them.
+    """Set adapter leaves as parameters of a module, and its class to one that computes with them.
 
-    As parameters they are split and stacked like the module's others under `nnx.scan` and
-    `nnx.vmap`.
+    As parameters, they are split and stacked under `nnx.scan` and `nnx.vmap` like all others.
     """
     for name, leaf in added.items():
         setattr(holder, name, nnx.Param(leaf))
@@ -147,9 +143,9 @@ def _adapt(holder: Any, added: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _adapted_class(cls: type) -> type:
-    """Return a subclass whose methods compute with the adapter leaves that an instance holds.
+    """Return a subclass whose methods compute with the adapter leaves of an instance.
 
-    It is made once for each class: NNX and JAX keep what they know of a class for good.
+    It is created only once per class, because NNX and JAX cache data about each class forever.
     """
 
     def computed(name: str) -> Callable[..., Any]:

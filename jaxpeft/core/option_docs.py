@@ -1,4 +1,4 @@
-"""What help pages and schemas say of options, read from the fields that declare them."""
+"""The text about options for help pages and schemas, read from the dataclass fields."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _SIGNS = {"above": ">", "at_least": ">=", "below": "<", "at_most": "<="}
 
 @dataclass(frozen=True)
 class OptionDoc:
-    """One option as people read it.
+    """The documentation of one option.
 
     Attributes:
-        name: of the option, without its section.
-        type: such as `int | None`.
-        default: as Python writes it.
-        bounds: such as `> 0, <= 1`; empty where there are none.
-        doc: what it does.
+        name: name of the option, without its section.
+        type: its type, such as `int | None`.
+        default: its default as a Python literal.
+        bounds: its bounds, such as `> 0, <= 1`; may be empty.
+        doc: description.
     """
 
     name: str
@@ -33,9 +33,7 @@ class OptionDoc:
 
 
 def option_docs(cls: type[Any]) -> tuple[OptionDoc, ...]:
-    """Return the options of a dataclass in their order; fields that are sections of their own are
-    left out.
-    """
+    """Return the options of a dataclass in order, without fields that are nested sections."""
     hints = hints_of(cls)
     return tuple(
         OptionDoc(
@@ -55,16 +53,14 @@ def option_docs(cls: type[Any]) -> tuple[OptionDoc, ...]:
 
 
 def doc_of(field: dataclasses.Field[Any]) -> str:
-    """Return what an option does, and the other name that it has."""
+    """Return the description of an option, including its alias."""
     others = [alias for alias, name in ALIASES.items() if name == field.name]
     also = "".join(f"; also called `{other}`" for other in others)
     return f"{field.metadata['doc']}{also}"
 
 
 def type_text(hint: Any) -> str:
-    """Return a type as annotations write it, with `list` for the tuples that options hold lists
-    in.
-    """
+    """Return a type as an annotation, with `list` for tuples."""
     origin, inside = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " | ".join(type_text(choice) for choice in inside)

@@ -1,7 +1,6 @@
-"""Options: fields of frozen dataclasses that carry their doc and their bounds, and are all checked
-at once.
+"""Options: dataclass fields with a description and bounds, and their validation.
 
-One engine serves the config file, the command line and the methods' hyperparameters. It does not
+The config file, the command line and the methods' hyperparameters all use this module. It does not
 import JAX.
 """
 
@@ -21,8 +20,8 @@ from jaxpeft.errors import ConfigError, nearest, shorten, show
 
 T = TypeVar("T")
 Reader = Callable[[Mapping[str, Any], str], tuple[Any, list[str]]]
-"""Makes an instance of plain values, given what to call them: `(instance, [])`, or `(None,
-problems)`.
+"""Makes an instance from plain values and their name in messages: returns `(instance, [])`, or
+`(None, problems)`.
 """
 _BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
     "above": (lambda value, bound: value > bound, "above"),
@@ -43,7 +42,7 @@ _REFUSED = {
         "is removed; set the learning_rate of each of config.compare.candidates"
     ),
 }
-"""Why there is no such option."""
+"""Options that do not exist on purpose, with the reason."""
 _ELSEWHERE = {
     "lr": "learning_rate",
     "lr_scheduler": "schedule",
@@ -91,12 +90,12 @@ _ELSEWHERE = {
     "save_total_limit": "keep",
     "early_stopping_patience": "patience",
 }
-"""What other libraries, and people, call an option."""
+"""Names of options in other libraries, for suggestions in error messages."""
 ALIASES: Mapping[str, str] = {"target_modules": "targets", "exclude_modules": "exclude"}
-"""PEFT's names of options, accepted wherever there is the option that they stand for."""
-_WHOLE = 2**31 - 1
-"""The largest whole number of an option that says no other: more than arrays can count."""
-_MOST_TOLD = 5
+"""PEFT's names of options, accepted as aliases."""
+_LARGEST_INT = 2**31 - 1
+"""The default upper bound of integer options."""
+_MOST_SHOWN = 5
 
 
 def option(default: Any, doc: str, *, read: Reader | None = None, **bounds: float) -> Any:
@@ -104,9 +103,9 @@ def option(default: Any, doc: str, *, read: Reader | None = None, **bounds: floa
 
     Args:
         default: its default; a dict is copied for each instance, a dataclass type is instantiated.
-        doc: what it does, with the unit, in one line.
-        read: makes an instance of a section whose type stands for several, as that of methods does;
-            None for one that `parse` makes.
+        doc: one-line description, with the unit.
+        read: makes an instance of a section that has several possible types, such as methods;
+            None to use `parse`.
         **bounds: any of `above`, `at_least`, `below`, `at_most`.
     """
     metadata = {"doc": doc, **({"read": read} if read else {}), **bounds}
@@ -118,27 +117,27 @@ def option(default: Any, doc: str, *, read: Reader | None = None, **bounds: floa
 
 
 def no_option(key: str, known: Iterable[str]) -> str:
-    """Say that there is no such option, with the nearest ones, or why there is none of that name.
+    """Return the error message for an unknown option, with suggestions or the reason.
 
     Args:
-        key: what was written, with its section or without.
-        known: the options that there are.
+        key: the unknown name, with or without its section.
+        known: the existing options.
     """
-    last, there = key.rpartition(".")[2], list(known)
+    last, names = key.rpartition(".")[2], list(known)
     if why := _REFUSED.get(last):
         return why
-    ours = [name for name in there if name.rpartition(".")[2] == _ELSEWHERE.get(last)]
+    ours = [name for name in names if name.rpartition(".")[2] == _ELSEWHERE.get(last)]
     section = [name for name in ours if name.rpartition(".")[0] == key.rpartition(".")[0]] or ours
     return (
         f"no such option; did you mean {' or '.join(map(repr, section))}?"
         if section
-        else f"no such option{nearest(key, there)}"
+        else f"no such option{nearest(key, names)}"
     )
 
 
 @functools.cache
 def hints_of(cls: type[Any]) -> Mapping[str, Any]:
-    """Return the types of the fields of a dataclass; what its `__init__` alone takes is none."""
+    """Return the types of the fields of a dataclass, without `InitVar` pseudo-fields."""
     hints = typing.get_type_hints(cls)
     return {name: hint for name, hint in hints.items() if not isinstance(hint, dataclasses.InitVar)}
 
@@ -146,18 +145,17 @@ def hints_of(cls: type[Any]) -> Mapping[str, Any]:
 def by_own_names(
     cls: type[Any], values: Mapping[str, Any], where: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the values under the options' own names, where `ALIASES` has another one.
+    """Replace aliases in a mapping of options by the options' own names.
 
-    An option that is at its default may be given by the other name too: a config file changes
-    defaults.
+    Both names may be present if the own name has its default value, as in a config file.
 
     Args:
         cls: the dataclass of options.
-        values: by option name.
-        where: what to call the mapping in a message.
+        values: values by option name.
+        where: name of the mapping in messages.
 
     Returns:
-        `(values, problems)`: a problem for each option that is given twice, with two values.
+        `(values, problems)`, with a problem for each option that has two different values.
     """
     defaults = {f.name: f.default for f in dataclasses.fields(cls) if f.init}
     found, problems = dict(values), list[str]()
@@ -167,22 +165,22 @@ def by_own_names(
         value, own = found.pop(alias), found.get(name, defaults[name])
         if _as_tuple(own) not in (_as_tuple(defaults[name]), _as_tuple(value)):
             problems.append(
-                f"{where}.{alias}: is another name of {name}, which is {show(own)}; give one of"
+                f"{where}.{alias}: is an alias of {name}, which is {show(own)}; set only one of"
                 " them"
             )
         found[name] = value
     return found, problems
 
 
-def take_aliases(instance: Any, **given: Any) -> None:
-    """Set the options of an instance that are given by another name, None where they are not.
+def take_aliases(instance: Any, **aliases: Any) -> None:
+    """Set options of an instance from aliases that are not None.
 
     Raises:
-        ConfigError: an option is given by both names, with two values.
+        ConfigError: An option has different values under its two names.
     """
-    named = {alias: value for alias, value in given.items() if value is not None}
-    own = {name: getattr(instance, name) for name in map(ALIASES.__getitem__, named)}
-    found, problems = by_own_names(type(instance), own | named, type(instance).__name__)
+    values = {alias: value for alias, value in aliases.items() if value is not None}
+    own = {name: getattr(instance, name) for name in map(ALIASES.__getitem__, values)}
+    found, problems = by_own_names(type(instance), own | values, type(instance).__name__)
     if problems:
         raise ConfigError(problems)
     for name, value in found.items():
@@ -194,13 +192,13 @@ def _as_tuple(value: Any) -> Any:
 
 
 def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None, list[str]]:
-    """Make a `cls` from plain values, finding every problem at once.
+    """Make a `cls` from plain values, and report all problems at once.
 
     Args:
         cls: a frozen dataclass of options; its method `problems() -> list[str]`, if any, checks
-            across fields.
-        values: plain values by option name; nested dataclasses take nested mappings.
-        where: what to call the mapping in a message, such as `config.method`.
+            several fields together.
+        values: plain values by option name, with nested mappings for nested dataclasses.
+        where: name of the mapping in messages, such as `config.method`.
 
     Returns:
         `(instance, [])`, or `(None, problems)`.
@@ -227,13 +225,13 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None
     ]
     try:
         instance = cls(**{key: value for key, value in taken.items() if key not in wrong})
-    except ConfigError as error:  # a method checks itself when it is made
+    except ConfigError as error:  # methods validate themselves on creation
         across = [problem.partition(".")[2] for problem in error.problems]
         instance = None
     else:
         check: Callable[[], list[str]] | None = getattr(instance, "problems", None)
         across = check() if check else []
-    # what is said of an option whose value is wrong, or stands at its default for that, is no news
+    # skip problems that only follow from an option whose value is already reported as invalid
     found += [
         f"{where}.{p}"
         for p in across
@@ -243,11 +241,10 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None
 
 
 def settle(instance: Any, where: str) -> list[str]:
-    """Return an instance made directly, as `LoRA(targets=["query"])`, its values as the annotated
-    types.
+    """Convert the values of an instance created directly, such as `LoRA(targets=["query"])`.
 
     Returns:
-        What is wrong with them.
+        The problems with its values.
     """
     hints = hints_of(type(instance))
     found: list[str] = []
@@ -265,11 +262,11 @@ def bounds_of(number: type[Any], metadata: Mapping[str, Any]) -> Mapping[str, fl
     """Return the bounds of an option's numbers.
 
     Args:
-        number: `int` or `float`; a whole number has an upper bound where the option says none.
-        metadata: of the option.
+        number: `int` or `float`; integers have a default upper bound.
+        metadata: metadata of the option's field.
     """
-    whole = {"at_most": _WHOLE} if number is int and "below" not in metadata else {}
-    return whole | {name: metadata[name] for name in _BOUNDS if name in metadata}
+    default = {"at_most": _LARGEST_INT} if number is int and "below" not in metadata else {}
+    return default | {name: metadata[name] for name in _BOUNDS if name in metadata}
 
 
 def _out_of_bounds(value: Any, metadata: Mapping[str, Any], where: str) -> list[str]:
@@ -295,19 +292,17 @@ def _out_of_bounds(value: Any, metadata: Mapping[str, Any], where: str) -> list[
 
 
 def _first(problems: list[str], where: str) -> list[str]:
-    """Return the first of the problems of one option, and how many more there are."""
-    more = len(problems) - _MOST_TOLD
+    """Return the first problems of one option, and the number of others."""
+    more = len(problems) - _MOST_SHOWN
     return (
         problems
         if more <= 0
-        else [*problems[:_MOST_TOLD], f"{where}: {more} more of its values are wrong"]
+        else [*problems[:_MOST_SHOWN], f"{where}: {more} more of its values are invalid"]
     )
 
 
 def convert(value: Any, hint: Any, where: str, read: Reader | None = None) -> tuple[Any, list[str]]:
-    """Return the value as the annotated type and no problems, or the value as it is and why it is
-    not one.
-    """
+    """Return the value converted to the annotated type, or the value itself and its problems."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return _convert_union(value, hint, where)
@@ -315,9 +310,9 @@ def convert(value: Any, hint: Any, where: str, read: Reader | None = None) -> tu
         if type(value) in {type(choice) for choice in get_args(hint)} and value in get_args(hint):
             return value, []
         choices = ", ".join(map(repr, get_args(hint)))
-        given = value if isinstance(value, str) else show(value)
-        hinted = nearest(given, map(str, get_args(hint)))
-        return value, [f"{where}: must be one of {choices}, is {show(value)}{hinted}"]
+        text = value if isinstance(value, str) else show(value)
+        suggestion = nearest(text, map(str, get_args(hint)))
+        return value, [f"{where}: must be one of {choices}, is {show(value)}{suggestion}"]
     if origin is tuple:
         return _convert_tuple(value, get_args(hint)[0], where, read)
     if origin is dict:
@@ -334,7 +329,7 @@ def _convert_union(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
             return converted, []
     for choice, _, problems in attempts:
         if not problems[0].startswith(f"{where}: must be {_words(choice)}, is"):
-            return value, problems  # of the right type, and yet wrong
+            return value, problems  # the right type, but an invalid value
     return value, [f"{where}: must be {_words(hint)}, is {show(value)} ({type(value).__name__})"]
 
 
@@ -390,7 +385,7 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
         try:
             return float(value), []
         except OverflowError:
-            return value, [f"{where}: must be a number that 64 bits can hold, is {show(value)}"]
+            return value, [f"{where}: must fit into a 64-bit float, is {show(value)}"]
     if hint is str and isinstance(value, str):
         return value, _no_text(value, where)
     if hint is type(None) and value is None:
@@ -403,7 +398,7 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
         and hasattr(value, "item")
         and not getattr(value, "shape", 1)
     ):
-        return convert(value.item(), hint, where)  # a number of NumPy's
+        return convert(value.item(), hint, where)  # a NumPy scalar
     quoted = isinstance(value, str) and hint in (int, float)
     bare = (
         hint is str
@@ -417,9 +412,7 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
 
 
 def _no_text(value: str, where: str) -> list[str]:
-    """Return why a string is no text: bytes that are not UTF-8, which Python keeps as halves of
-    characters, or a NUL.
-    """
+    """List why a string is not valid text: surrogates, from invalid UTF-8, or NUL characters."""
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -430,18 +423,18 @@ def _no_text(value: str, where: str) -> list[str]:
 
 
 def _words(hint: Any) -> str:
-    """Name a type as people do."""
+    """Return the name of a type for messages."""
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_words(choice) for choice in get_args(hint))
     if get_origin(hint) is tuple:
         return f"a list of {_words(get_args(hint)[0])}"
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, get_args(hint)))
-    named = {
+    names = {
         int: "an integer",
         float: "a number",
         str: "a string",
         bool: "True or False",
         type(None): "None",
     }
-    return named.get(hint, getattr(hint, "__name__", str(hint)))
+    return names.get(hint, getattr(hint, "__name__", str(hint)))

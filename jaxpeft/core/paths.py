@@ -1,8 +1,8 @@
 """Paths of a parameter tree, and the Hugging Face names that they mirror.
 
-A path is a tuple of dict keys, `("model", "layers", "self_attn", "q_proj", "kernel")`. Where the
+A path is a tuple of dict keys, `("model", "layers", "self_attn", "q_proj", "kernel")`. If the
 component `layers` (or `layer`) is not followed by a number, the leaves below it are stacked: their
-leading axis counts the layers.
+leading axis is the layer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def flatten(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(items: Iterator[tuple[Path, Any]] | list[tuple[Path, Any]]) -> Tree:
-    """Make the nested dict that `walk` would walk like this."""
+    """Build a nested dict from `(path, leaf)` pairs; the inverse of `walk`."""
     tree: Tree = {}
     for path, leaf in items:
         node = tree
@@ -51,7 +51,7 @@ def get(tree: Mapping[str, Any], path: Path) -> Any:
     """Return the node or leaf at `path`.
 
     Raises:
-        KeyError: there is none.
+        KeyError: The path does not exist.
     """
     node: Any = tree
     for key in path:
@@ -60,33 +60,27 @@ def get(tree: Mapping[str, Any], path: Path) -> Any:
 
 
 def text(path: Path) -> str:
-    """Write a path as people read it: `model/layers/self_attn/q_proj`."""
+    """Return a path as text: `model/layers/self_attn/q_proj`."""
     return "/".join(path)
 
 
 def layers_at(path: Path) -> int | None:
-    """Return the index in `path` of what holds the layers, or None where the leaf is of no
-    layer.
-    """
+    """Return the index in `path` of the layer container, or None if the leaf is in no layer."""
     return next((i for i, key in enumerate(path[:-1]) if key in LAYER_CONTAINERS), None)
 
 
 def layer_axis(path: Path) -> int | None:
-    """Return the index in `path` after which the layer number belongs, or None where the leaf is
-    not stacked.
-    """
+    """Return the index in `path` of the stacked layer container, or None for unstacked leaves."""
     at = layers_at(path)
     return None if at is None or path[at + 1].isdigit() else at
 
 
 def hf_names(path: Path, layers: int | None) -> tuple[str, ...]:
-    """Return the Hugging Face names of a module or leaf path: one, or one a layer where it is
-    stacked.
+    """Return the Hugging Face names of a module or leaf: one, or one per layer if it is stacked.
 
     Args:
-        path: of a module (`.../q_proj`) or of a leaf (`.../q_proj/kernel`, which torch calls
-            `weight`).
-        layers: the number of stacked layers, None where the path is not stacked.
+        path: path of a module (`.../q_proj`) or leaf (`.../q_proj/kernel`, in torch `weight`).
+        layers: number of stacked layers; None if the path is not stacked.
     """
     parts = (*path[:-1], _TORCH_LEAVES.get(path[-1], path[-1]))
     at = layer_axis(path)
@@ -99,8 +93,8 @@ def hf_names(path: Path, layers: int | None) -> tuple[str, ...]:
 def is_head(path: Path) -> bool:
     """Return whether a path belongs to the task head.
 
-    A model with a task is `{backbone: ..., head modules: ...}`, so the head is what stands beside
-    the backbone; a language-model head is pretrained and does not count.
+    A model with a task is `{backbone: ..., head modules: ...}`. A language-model head is pretrained
+    and does not count.
     """
     return path[0] in HEAD_MODULES
 

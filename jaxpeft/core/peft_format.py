@@ -1,6 +1,4 @@
-"""How the adapters of a method stand in files of Hugging Face PEFT, or of the library that has the
-method.
-"""
+"""The file format of a method's adapters, in Hugging Face PEFT or another library."""
 
 from __future__ import annotations
 
@@ -23,16 +21,16 @@ F = TypeVar("F", bound="PeftFormat[Any]")
 
 @dataclass(frozen=True)
 class Beside:
-    """What a method's files say of methods of another kind beside it.
+    """An additional method that a method's files can store.
 
     Attributes:
         option: PEFT's name of the option in `adapter_config.json`.
-        method: name of the other method.
-        module: PEFT's name of the module that holds the other method's tensors inside the adapted
-            one.
-        write: the option's value from the other methods, by the Hugging Face name of their sites.
-        read: `(value, tied) -> (options, problems)`: the options of each of the other methods;
-            `tied` says whether the language-model head is the embedding.
+        method: name of the additional method.
+        module: PEFT's name of the submodule with the additional method's tensors.
+        write: returns the option's value from the additional methods, by their sites' Hugging Face
+            names.
+        read: `(value, tied) -> (options, problems)`: returns the options of each additional
+            method; `tied` is whether the language-model head is tied to the embedding.
     """
 
     option: str
@@ -44,22 +42,21 @@ class Beside:
 
 @dataclass(frozen=True)
 class PeftFormat(Generic[M]):
-    """The names of a method's options and leaves in files, and how they are written and read;
-    `hub/` alone uses it.
+    """The names of a method's options and leaves in files, and their conversion; used by `hub/`.
 
     Attributes:
-        type: `peft_type` of `adapter_config.json`, None where PEFT has no such method.
-        options: from PEFT's names of options to the method's.
-        required: those of PEFT's names without which a file cannot be read, as defaults differ.
-        ignored: PEFT's names of options that say nothing of what a trained adapter computes, such
-            as how it began, or that `read_options` reads itself.
-        tensors: from a leaf's name to its tensor's; a leaf of two axes is stored as its transpose.
-        untransposed: those leaves that are not: whose axes stand in files as they do here.
-        root_tensors: the same as `tensors` for leaves at the root.
-        module_prefix: what the names of the base's modules begin with.
-        beside: how files hold methods of another kind beside this one, None where they cannot.
-        layout: of adapter folders: `peft`, or a key of `jaxpeft.hub.adapters.folders.LAYOUTS` for
-            the files of another library.
+        type: `peft_type` in `adapter_config.json`; None if PEFT does not have the method.
+        options: maps PEFT's option names to the method's.
+        required: PEFT's names of options that a file must contain, because defaults differ.
+        ignored: PEFT's names of options that do not affect a trained adapter, such as its
+            initialization, or that `read_options` handles.
+        tensors: maps leaf names to tensor names; a leaf with two axes is stored transposed.
+        untransposed: names of leaves that are not stored transposed.
+        root_tensors: like `tensors`, for leaves at the root.
+        module_prefix: prefix of the base's module names.
+        beside: how files store an additional method; None if they cannot.
+        layout: layout of adapter folders: `peft`, or another key of
+            `jaxpeft.hub.adapters.folders.LAYOUTS`.
     """
 
     type: str | None = None
@@ -74,7 +71,7 @@ class PeftFormat(Generic[M]):
     layout: str = "peft"
 
     def replace(self, cls: type[F], **changes: Any) -> F:
-        """Return a format of another class with the same attributes but for the changes."""
+        """Return a format of another class with the same attributes, except for the changes."""
         return cls(
             **{one.name: getattr(self, one.name) for one in dataclasses.fields(self)} | changes
         )
@@ -82,10 +79,10 @@ class PeftFormat(Generic[M]):
     # -------------------------------------------------------------------------------------- tensors
 
     def pack(self, method: M, site: Site, leaves: Leaves) -> dict[str, Any]:
-        """Return the tensors of one site of one layer, by the end of their names.
+        """Return the tensors of one site of one layer, by name suffix.
 
         Args:
-            method: that adapts it.
+            method: the method that adapts it.
             site: one layer of a site.
             leaves: its adapter leaves, without padding.
         """
@@ -97,13 +94,13 @@ class PeftFormat(Generic[M]):
         }
 
     def unpack(self, method: M, site: Site, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
-        """Return the adapter leaves that `pack` would pack like this.
+        """Return the adapter leaves for packed tensors; the inverse of `pack`.
 
         Args:
-            method: that adapts the site.
+            method: the method that adapts the site.
             site: one layer of a site.
-            tensors: by the end of their names.
-            fresh: the leaves as `init` made them; what no file holds stays so.
+            tensors: the tensors by name suffix.
+            fresh: the leaves from `init`; leaves that are not stored in files keep these values.
         """
         del method, site
         held = {
@@ -114,12 +111,12 @@ class PeftFormat(Generic[M]):
         return {**fresh, **held}
 
     def wrong_numbers(self, method: M, site: Site, tensors: Leaves) -> list[str]:
-        """Return what cannot be in the tensors of a file, each as `name: why`.
+        """List invalid values in the tensors of a file, each as `name: why`.
 
         Args:
-            method: that adapts the site.
+            method: the method that adapts the site.
             site: one layer of a site.
-            tensors: by the end of their names, finite and of the shapes that `pack` gives.
+            tensors: the tensors by name suffix, finite and with the shapes from `pack`.
         """
         del method, site, tensors
         return []
@@ -134,7 +131,7 @@ class PeftFormat(Generic[M]):
         }
 
     def unpack_root(self, method: M, tensors: Leaves, fresh: Leaves) -> dict[str, Any]:
-        """Return the leaves at the root that `pack_root` would pack like this."""
+        """Return the leaves at the root for packed tensors; the inverse of `pack_root`."""
         del method
         held = {
             key: self._transposed(key, tensors[name])
@@ -144,20 +141,16 @@ class PeftFormat(Generic[M]):
         return {**fresh, **held}
 
     def _transposed(self, key: str, leaf: Any) -> Any:
-        """Turn a leaf into the tensor of a file, and back: `[in, out]` here is `[out, in]`
-        there.
-        """
+        """Convert between a leaf `[in, out]` and the tensor of a file `[out, in]`."""
         return leaf.T if leaf.ndim == 2 and key not in self.untransposed else leaf
 
     def wrapper(self, method: M, path: Path, by: Method | None) -> str:
-        """Return what stands in a file between the name of a module and that of a leaf of the base
-        that is trained.
+        """Return the infix between the names of a module and of its trained base leaf in a file.
 
         Args:
-            method: whose file it is.
-            path: of the leaf.
-            by: which of the method's parts adapts its module: PEFT keeps the module itself inside
-                another then.
+            method: method of the file.
+            path: path of the leaf.
+            by: the part that adapts the leaf's module, if any: PEFT then wraps the module.
         """
         del method, path
         return "base_layer." if by else ""
@@ -165,33 +158,29 @@ class PeftFormat(Generic[M]):
     # -------------------------------------------------------------------------------------- options
 
     def names(self, kind: type[M]) -> Mapping[str, str]:
-        """Return the method's options by what `adapter_config.json` calls them: where PEFT has no
-        such method, as they are.
-        """
+        """Map option names in `adapter_config.json` to the method's; the same if not in PEFT."""
         if self.type is not None:
             return self.options
         fields = dataclasses.fields(kind)
         return {one.name: one.name for one in fields if one.name != "modules_to_save"}
 
     def write_options(self, method: M) -> dict[str, Any]:
-        """Return the options as `adapter_config.json` has them, those in common to all methods
-        apart.
-        """
+        """Return the options for `adapter_config.json`, without those common to all methods."""
         return {peft: getattr(method, ours) for peft, ours in self.names(type(method)).items()}
 
     def base_sizes(self, method: M, params: Leaves, config: Any) -> dict[str, Any]:
-        """Return what `adapter_config.json` says of the base beside the options.
+        """Return further fields of `adapter_config.json` that describe the base.
 
         Args:
-            method: whose file it is.
-            params: the rewritten tree; abstract leaves will do.
-            config: the model's, whose names are those of its `config.json`.
+            method: method of the file.
+            params: the rewritten tree; its leaves may be abstract.
+            config: config of the model, with the names of its `config.json`.
         """
         del method, params, config
         return {}
 
     def reads(self, kind: type[M], config: Mapping[str, Any]) -> bool:
-        """Return whether an `adapter_config.json` is one of a method's."""
+        """Return whether an `adapter_config.json` belongs to a method."""
         return str(config.get("peft_type")) == (self.type or kind.name.upper())
 
     def read_options(
@@ -201,10 +190,10 @@ class PeftFormat(Generic[M]):
 
         Args:
             kind: the class of the method.
-            config: the file's content, without the fields that all methods have in common.
+            config: the file's content, without the fields common to all methods.
 
         Returns:
-            `(options, problems)`: what is set and not supported is a problem.
+            `(options, problems)`, with a problem for each unsupported setting.
         """
         options = self.names(kind)
         values = {
@@ -219,15 +208,15 @@ class PeftFormat(Generic[M]):
                 f"{key}: {show(value)} is not supported by the {name} method; nothing was loaded"
                 for key, value in rest.items()
             ),
-            *(f"{key}: is not set; take it from where the adapter was trained" for key in missing),
+            *(f"{key}: is not set; use the value of the adapter's training" for key in missing),
         ]
 
     def fit(self, method: M, shapes: Mapping[str, tuple[int, ...]]) -> M:
-        """Return the method that the tensors of a file are of, where its options may say another.
+        """Return the method adjusted to the tensors of a file, where its options are ambiguous.
 
         Args:
-            method: as the options say.
-            shapes: of the tensors, by name.
+            method: the method from the options.
+            shapes: shapes of the tensors by name.
         """
         del shapes
         return method

@@ -1,9 +1,8 @@
-"""The sites of a model that is not jaxpeft's own: found by looking at its modules, not at its tree
-alone.
+"""Finding the sites of a model that is not jaxpeft's own, from its modules.
 
-A tree does not tell whether `[8, 4, 16]` is a `DenseGeneral` with two axes out, one with two axes
-in, or three stacked layers of something. Of a Linen model it is seen by running it abstractly; an
-NNX module tells it itself.
+The tree alone does not determine whether `[8, 4, 16]` is a `DenseGeneral` with two output axes, one
+with two input axes, or a stack of layers. A Linen model is traced abstractly; an NNX module is
+inspected.
 """
 
 from __future__ import annotations
@@ -35,17 +34,17 @@ def find_sites(
 
     Args:
         model: a Linen module, or an NNX module.
-        params: its parameters; abstract leaves will do.
-        *args: what a Linen module is called with; abstract arrays will do.
+        params: its parameters; they may be abstract.
+        *args: positional arguments of a Linen module; they may be abstract arrays.
         variables: further collections of a Linen module, such as `batch_stats`.
-        **kwargs: what it is called with by name.
+        **kwargs: keyword arguments of a Linen module.
 
     Returns:
-        Every module that holds parameters and is called; those of a type that no method adapts have
-        their type as `kind`.
+        Every called module with parameters; if no method can adapt a module, its `kind` is the name
+        of its type.
 
     Raises:
-        ConfigError: layers are stacked along another axis than the first.
+        ConfigError: Layers are stacked along an axis other than the first.
     """
     if isinstance(model, nnx.Module):
         found = {
@@ -61,7 +60,7 @@ def find_sites(
     seen: dict[Path, tuple[nn.Module, Shapes, str | None]] = {}
 
     def look(
-        fn: Callable[..., Any], given: Any, named: Any, context: nn.module.InterceptorContext
+        fn: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ) -> Any:
         module = context.module
         if module.scope is not None and context.method_name in ("__call__", "attend"):
@@ -70,15 +69,15 @@ def find_sites(
                 {key: leaf for key, leaf in own.items() if not isinstance(leaf, Mapping)}
             )
             einsum = next(
-                (value for value in given[1:2] if isinstance(value, str)), named.get("einsum_str")
+                (value for value in args[1:2] if isinstance(value, str)), kwargs.get("einsum_str")
             )
             if shapes:
                 seen[module.path] = module, shapes, einsum
-        return fn(*given, **named)
+        return fn(*args, **kwargs)
 
-    def run(params: Any, given: Any) -> Any:
+    def run(params: Any, inputs: Any) -> Any:
         with nn.intercept_methods(look):
-            return model.apply({"params": params, **(variables or {})}, *given, **kwargs)
+            return model.apply({"params": params, **(variables or {})}, *inputs, **kwargs)
 
     jax.eval_shape(run, params, args)
     return tuple(
@@ -94,15 +93,15 @@ def _shapes(leaves: Mapping[str, Any]) -> Shapes:
 def _site(
     path: Path, module: Any, shapes: Shapes, einsum: str | None, params: Mapping[str, Any]
 ) -> Site:
-    whole = paths.get(params, path)
+    node = paths.get(params, path)
     layers: tuple[int, ...] = ()
     for name, own in shapes.items():
-        full = tuple(whole[name].shape)
+        full = tuple(node[name].shape)
         extra = len(full) - len(own)
         if full[extra:] != own:
             raise ConfigError(
                 f"{paths.text((*path, name))} is {list(full)} in the tree and {list(own)} in its"
-                " module: layers are stacked along another axis than the first; scan with"
+                " module: layers must be stacked along the first axis; scan with"
                 " variable_axes={'params': 0}"
             )
         layers = full[:extra]
@@ -110,7 +109,7 @@ def _site(
 
 
 def _of_nnx(path: Path, module: Any, shapes: Shapes) -> list[Site]:
-    """Return the site of an NNX module, whose stacked layers show as axes that its type has not."""
+    """Return the site of an NNX module; axes beyond those of its type are stacked layers."""
     main = (
         "kernel"
         if "kernel" in shapes
@@ -161,8 +160,9 @@ def _make_site(
 
 
 def _names(path: Path, layers: tuple[int, ...]) -> tuple[str, ...]:
-    """Name a module, with the number of its layer where they are stacked: behind the container, or
-    behind the first part.
+    """Return the names of a module, with layer numbers if it is stacked.
+
+    The number follows the layer container, or else the first component.
     """
     if not layers:
         return (".".join(path),)

@@ -1,4 +1,4 @@
-"""A method lifted from one site to a whole tree: its leaves added, and which leaves are trained."""
+"""Lifting a method from one site to a tree: adding its leaves, and the mask of trained leaves."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from jaxpeft.errors import ConfigError, TargetError, show
 def add_adapter(
     method: Method, params: Mapping[str, Any], rng: jax.Array, sites: Sequence[Site] | None = None
 ) -> Tree:
-    """Return a tree with the adapter leaves of a method, and every trainable leaf in float32: see
-    `jaxpeft.rewrite`.
+    """Return a tree with the adapter leaves of a method, and all trainable leaves in float32.
+
+    See `jaxpeft.rewrite`.
     """
     tree = paths.build(list(paths.walk(params)))
     for part in method.parts():
@@ -37,29 +38,28 @@ def add_adapter(
 
 
 def require_numbers(params: Mapping[str, Any]) -> None:
-    """Refuse what is no tree, one of which a leaf is no array of NumPy or JAX, or a leaf of the
-    base holds whole numbers, truth values or complex ones.
+    """Raise an error unless params is a tree of NumPy or JAX arrays, with a floating base.
 
     Args:
-        params: a tree, rewritten, quantized or not; abstract leaves will do.
+        params: a tree, rewritten or quantized or neither; its leaves may be abstract.
 
     Raises:
-        ConfigError: naming the first such leaf.
+        ConfigError: A leaf is invalid; it names the first one.
     """
-    given: Any = params
-    if not isinstance(given, Mapping):
+    tree: Any = params
+    if not isinstance(tree, Mapping):
         raise ConfigError(
-            f"params: must be the nested dict of a model's parameters, is {show(given)}"
+            f"params: must be the nested dict of a model's parameters, is {show(tree)}"
         )
     for path, leaf in paths.walk(params):
         keys: tuple[Any, ...] = path
         wrong = next((key for key in keys if not isinstance(key, str)), None)
         if wrong is not None:
             raise ConfigError(
-                f"params: the keys of its dicts must be strings, {show(wrong)} is none; write"
+                f"params: the keys of its dicts must be strings, not {show(wrong)}; use"
                 f" {str(wrong)!r}"
             )
-        # a tensor of torch has both as well, and a dtype of its own
+        # torch tensors also have shape and dtype, but not a NumPy dtype
         if not (
             isinstance(leaf, jax.Array)
             or (hasattr(leaf, "shape") and isinstance(getattr(leaf, "dtype", None), np.dtype))
@@ -70,27 +70,27 @@ def require_numbers(params: Mapping[str, Any]) -> None:
         if path[-1] in _FLOATING and not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ConfigError(
                 f"{paths.text(path)}: must be an array of floats, is {leaf.dtype}"
-                f" {list(leaf.shape)}; a base whose kernels are held in few bits comes from"
-                " jaxpeft.quantize or jaxpeft.load(..., quant=...)"
+                f" {list(leaf.shape)}; to quantize a base, use jaxpeft.quantize or"
+                " jaxpeft.load(..., quant=...)"
             )
 
 
 _FLOATING = frozenset({"kernel", "bias", "scale", "embedding"})
-"""Leaves of the base that are numbers as they stand."""
+"""Leaves of the base that are not quantized."""
 
 
 def chosen_sites(
     method: Method, params: Mapping[str, Any], sites: Sequence[Site] | None = None
 ) -> dict[Site, tuple[bool, ...]]:
-    """Find the sites that a method adapts, and for each which of its layers.
+    """Return the sites that a method adapts, with a flag for each of their layers.
 
     Args:
-        method: one that is not made of others.
+        method: a method that is not mixed.
         params: the tree, rewritten or not.
-        sites: of a model that is not jaxpeft's own; None to find them in the tree.
+        sites: sites of a model that is not jaxpeft's own; None to find them in the tree.
 
     Raises:
-        TargetError: the targets do not name sites of this model, or sites of a kind that the method
+        TargetError: The targets match no sites of this model, or sites of a kind that the method
             cannot adapt.
     """
     found = list(targets.find_sites(params, targets.KINDS) if sites is None else sites)
@@ -115,17 +115,17 @@ def add_leaves(
     rng: jax.Array,
     chosen: Mapping[Site, tuple[bool, ...]],
 ) -> None:
-    """Put the leaves of one method into a tree whose dicts are its own."""
+    """Add the leaves of one method to a tree, in place."""
     for site, on in chosen.items():
         node = paths.get(tree, site.path)
-        made = site_leaves(method, site, on, paths.get(params, site.path), rng)
-        twice = sorted(made.keys() & node.keys())
+        leaves = site_leaves(method, site, on, paths.get(params, site.path), rng)
+        twice = sorted(leaves.keys() & node.keys())
         if twice:
             raise ConfigError(
-                f"{paths.text(site.path)} would hold two {twice[0]} leaves; let the methods'"
-                " targets not overlap"
+                f"{paths.text(site.path)} would have two {twice[0]} leaves; use targets that do not"
+                " overlap"
             )
-        node.update(made)
+        node.update(leaves)
     adapted = tuple(site.one(i) for site, on in chosen.items() for i, yes in enumerate(on) if yes)
     tree.update(
         method.init_root(
@@ -137,13 +137,12 @@ def add_leaves(
 def site_leaves(
     method: Method, site: Site, on: tuple[bool, ...], base: Leaves, rng: jax.Array
 ) -> dict[str, Any]:
-    """Make the leaves of a site, stacked over its layers; a layer that is not adapted is one of
-    zeros.
+    """Initialize the leaves of a site, stacked over its layers, with zeros for unadapted layers.
 
     Args:
-        method: what to add.
-        site: where.
-        on: which of its layers.
+        method: the method.
+        site: the site.
+        on: whether each of its layers is adapted.
         base: the leaves of its module.
         rng: a key.
     """
@@ -157,15 +156,15 @@ def site_leaves(
         return dict(layers[0] or {})
     if len({frozenset(layer) for layer in layers if layer is not None}) > 1:
         raise ConfigError(
-            f"{method.name}: the layers of {paths.text(site.path)} are stacked, and with these"
-            " options some hold other leaves than others; load the model with scan_layers=False"
+            f"{method.name}: the layers of {paths.text(site.path)} are stacked, but with these"
+            " options their leaves differ; load the model with scan_layers=False"
         )
     sizes = {tuple(leaf.shape for leaf in layer.values()) for layer in layers if layer is not None}
     if len(sizes) > 1 and not method.leaves.pads:
         raise ConfigError(
-            f"{method.name}: the layers of {paths.text(site.path)} are stacked, and with these"
-            " options their leaves differ in size, which zeros cannot fill up; load the model with"
-            " scan_layers=False"
+            f"{method.name}: the layers of {paths.text(site.path)} are stacked, but with these"
+            " options their leaves have different sizes, which cannot be padded; load the model"
+            " with scan_layers=False"
         )
     stacked = _stack_with_padding(layers)
     if not all(on) and not method.leaves.zero_is_base:
@@ -174,14 +173,12 @@ def site_leaves(
 
 
 def kernel_of(site: Site, base: Leaves, i: int) -> jax.Array:
-    """Return the kernel of layer `i` of a site, float32 `[in, out]`, from the leaves of its
-    module.
-    """
+    """Return the float32 kernel `[in, out]` of layer `i` of a site, from its module's leaves."""
     return kernels.read(layer_of(site, base, i), site.shape, site.order)
 
 
 def layer_of(site: Site, leaves: Leaves, i: int) -> dict[str, Any]:
-    """Return the leaves of layer `i` of a site, those of modules inside it apart."""
+    """Return the leaves of layer `i` of a site, without those of submodules."""
     own = {
         key: kernels.fetch(leaf) for key, leaf in leaves.items() if not isinstance(leaf, Mapping)
     }
@@ -190,16 +187,16 @@ def layer_of(site: Site, leaves: Leaves, i: int) -> dict[str, Any]:
 
 
 def _stack_with_padding(layers: list[dict[str, jax.Array] | None]) -> dict[str, jax.Array]:
-    """Stack the leaves of all layers, padding with zeros to the largest shape; None is a layer of
-    zeros.
-    """
-    made = [layer for layer in layers if layer is not None]
+    """Stack the leaves of all layers, zero-padded to the largest shape; None is a zero layer."""
+    adapted = [layer for layer in layers if layer is not None]
     out: dict[str, jax.Array] = {}
-    for key in made[0]:
+    for key in adapted[0]:
         shape = tuple(
-            max(sizes) for sizes in zip(*(layer[key].shape for layer in made), strict=True)
+            max(sizes) for sizes in zip(*(layer[key].shape for layer in adapted), strict=True)
         )
-        rows = [layer[key] if layer else jnp.zeros(shape, made[0][key].dtype) for layer in layers]
+        rows = [
+            layer[key] if layer else jnp.zeros(shape, adapted[0][key].dtype) for layer in layers
+        ]
         out[key] = jnp.stack([_pad(row, shape) for row in rows])
     return out
 
@@ -210,19 +207,19 @@ def _pad(row: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
-    """Return for every leaf whether it is trained: what the method trains, `modules_to_save`, and
-    the task head.
+    """Return whether each leaf is trained: by the method, in `modules_to_save`, or in the task
+    head.
 
     Args:
         method: the method that rewrote `params`.
-        params: the rewritten tree; abstract leaves will do.
+        params: the rewritten tree; its leaves may be abstract.
 
     Returns:
         A nested dict of bools with the structure of `params`.
 
     Raises:
-        ConfigError: nothing would be trained.
-        TargetError: an entry of `modules_to_save` names no module.
+        ConfigError: There are no trainable parameters.
+        TargetError: An entry of `modules_to_save` matches no module.
     """
     leaves = list(paths.walk(params))
     names = {".".join(path[:-1]) for path, _ in leaves}
@@ -233,13 +230,13 @@ def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
     if unused:
         stacked = any(paths.layer_axis(path) is not None for path, _ in leaves)
         hint = (
-            "; the layers are stacked: to train one of them, load the model with scan_layers=False"
+            "; the layers are stacked: to train only one, load the model with scan_layers=False"
             if stacked
             else ""
         )
         raise TargetError(
             [
-                f"modules_to_save: {m!r} names no module of the"
+                f"modules_to_save: {m!r} matches no module of the"
                 f" model{hint if any(map(str.isdigit, m.split('.'))) else ''}"
                 for m in unused
             ]
@@ -247,8 +244,8 @@ def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
     mask = [(path, _trains(method, path, params, leaf)) for path, leaf in leaves]
     if not any(flag for _, flag in mask):
         raise ConfigError(
-            f"method {method.name!r} trains nothing here: the model has no head and the method adds"
-            " no leaf"
+            f"method {method.name!r} has no trainable parameters: the model has no head and the"
+            " method adds no leaves"
         )
     return paths.build(mask)
 
@@ -257,28 +254,26 @@ def _trains(method: Method, path: Path, params: Mapping[str, Any], leaf: Any) ->
     for part in method.parts():
         if path[-1] in (*part.leaves.names, *part.leaves.root):
             return jnp.issubdtype(leaf.dtype, jnp.floating) and part.trains(path, params)
-    whole = paths.is_head(path) or targets.is_under(".".join(path[:-1]), modules_to_save(method))
-    wanted = whole or any(part.trains(path, params) for part in method.parts())
+    saved = paths.is_head(path) or targets.is_under(".".join(path[:-1]), modules_to_save(method))
+    wanted = saved or any(part.trains(path, params) for part in method.parts())
     module = paths.get(params, path[:-1])
     if wanted and path[-1] != "bias" and kernels.is_quantized(module):
         raise ConfigError(
             f"{method.name} would train the kernel of {paths.text(path[:-1])}, which is quantized"
-            f" (it is held as {kernels.form_of(module)}); load a base that is not"
+            f" (stored as {kernels.form_of(module)}); load an unquantized base"
         )
     return wanted and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def modules_to_save(method: Method) -> tuple[str, ...]:
-    """Return the names of the modules that a method, or one of those that it is made of, trains and
-    save whole.
-    """
+    """Return the modules that a method, or one of its parts, trains and saves in full."""
     return tuple(
         dict.fromkeys(name for part in (method, *method.parts()) for name in part.modules_to_save)
     )
 
 
 def adapted_modules(method: Method, params: Mapping[str, Any]) -> list[Path]:
-    """List the modules of a tree that hold the leaves of a method, the root as `()`."""
+    """List the modules of a tree that have leaves of a method; the root is `()`."""
     markers = {part.leaves.site[0] for part in method.parts() if part.leaves.site}
     markers |= {
         part.leaves.root[0] for part in method.parts() if part.leaves.root and not part.leaves.site
@@ -287,15 +282,14 @@ def adapted_modules(method: Method, params: Mapping[str, Any]) -> list[Path]:
 
 
 def adapter_names(method: Method) -> frozenset[str]:
-    """Return the names of all leaves that a method adds, to sites and at the root of the tree."""
+    """Return the names of all leaves that a method adds to sites and to the root of the tree."""
     return frozenset(
         name for part in method.parts() for name in (*part.leaves.names, *part.leaves.root)
     )
 
 
 def without_adapter(method: Method, params: Mapping[str, Any]) -> Tree:
-    """Drop the adapter leaves: the tree computes as the base, with the leaves of the base that were
-    trained as they are now.
+    """Return the tree without adapter leaves; trained leaves of the base keep their values.
 
     Args:
         method: the method that rewrote `params`.

@@ -1,6 +1,4 @@
-"""What a method, or a format of quantized kernels, says of its leaves and of the modules that hold
-them.
-"""
+"""Specifications of the leaves and modules of a method or a quantized format."""
 
 from __future__ import annotations
 
@@ -23,18 +21,16 @@ class LeafSpec:
     """The leaves that a method adds.
 
     Attributes:
-        site: names of those at a site, the marker first: a site that holds the marker computes with
+        site: names of the leaves at a site, the marker first: a site with the marker is computed by
             the method.
-        root: names of those at the root of the tree: what sites share, or what the whole model
-            computes with.
-        trained: names of those that are trained.
-        zero_is_base: whether leaves of zeros compute the base, and stay zero in training: how
-            stacked layers that are not adapted are padded. Where not, a leaf beside them says which
-            layers are.
-        pads: whether zeros behind its leaves add nothing and stay zero in training: how stacked
-            layers whose leaves differ in size are padded.
-        rank_pads: whether leaves of two adapters that differ in shape differ in rank alone, so that
-            zeros make them alike.
+        root: names of the leaves at the root of the tree, used by all sites or by the model.
+        trained: names of the trained leaves.
+        zero_is_base: whether leaves of zeros compute the base and stay zero in training. Unadapted
+            layers of a stack are zeros; otherwise, an extra leaf marks the adapted layers.
+        pads: whether zero padding of its leaves has no effect and stays zero in training, so that
+            stacked layers may have leaves of different sizes.
+        rank_pads: whether the leaves of two adapters differ only in rank, so that they can be
+            padded to the same shape.
     """
 
     site: tuple[str, ...] = ()
@@ -46,32 +42,26 @@ class LeafSpec:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all leaves that a site may hold; the last is the one that says which layers
-        are adapted.
-        """
+        """The names of all leaves that a site may have; the last one marks the adapted layers."""
         return (*self.site, f"{self.site[0]}_on") if self.site else ()
 
     @property
     def marker(self) -> str | None:
-        """The leaf that shows a method in a tree: of a site, else of the root; None for a method
-        that adds no leaf.
-        """
+        """The leaf that identifies a method, at a site or else at the root; None without leaves."""
         return next(iter((*self.site, *self.root)), None)
 
 
 @dataclass(frozen=True)
 class SiteSpec:
-    """Which modules a method can adapt, and by which functions it computes them.
+    """The modules that a method can adapt, and the functions that compute them.
 
     Attributes:
-        kinds: of sites: `linear`, `embedding`, `norm`.
-        hooks: from the methods of a module that are computed to the functions, by name, that
-            compute them.
-        applies: whether a module's method is computed, given the module and the name.
-        inputs: what a module's method must take by name, beside its own inputs.
-        low_rank: `A [in, r]` and `B [r, out]` of a linear site that computes `x W + x A B`, given
-            its leaves and whether it is a training call; None where it computes anything else
-            (`jaxpeft.kernels.joint`).
+        kinds: kinds of sites: `linear`, `embedding`, `norm`.
+        hooks: maps names of a module's methods to names of the functions that compute them.
+        applies: `(module, name) -> bool`: whether a module's method is computed.
+        inputs: further keyword arguments that a module's method must accept.
+        low_rank: `(leaves, training) -> (A [in, r], B [r, out])` of a linear site that computes
+            `x W + x A B`, or None if it computes anything else (`jaxpeft.kernels.joint`).
     """
 
     kinds: tuple[str, ...] = ("linear",)
@@ -81,25 +71,25 @@ class SiteSpec:
     low_rank: Callable[[Mapping[str, Any], bool], tuple[Any, Any] | None] = _no_factors
 
     def computes(self, module: Any, name: str) -> bool:
-        """Return whether a method of a module that holds the marker leaf is computed.
+        """Return whether the method of a module with the marker leaf is computed.
 
         Args:
             module: a Linen or an NNX module.
-            name: of its method.
+            name: name of the module's method.
         """
         return name in self.hooks and self.applies(module, name)
 
 
 class Computation(Protocol):
-    """How a site computes: a class of methods, or a format of quantized kernels.
+    """The computation of a site: a method class, or a quantized format.
 
-    The functions that `sites.hooks` names are attributes, each from a `Call` to what the module's
-    method gives.
+    The functions named in `sites.hooks` are attributes; each takes a `Call` and returns the output
+    of the module's method.
     """
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """The name in messages."""
         ...
 
     @property

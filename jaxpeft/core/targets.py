@@ -1,12 +1,11 @@
-"""Which sites a method adapts: Hugging Face PEFT's target rules, made strict.
+"""Target modules: Hugging Face PEFT's rules, with strict checks.
 
 A list entry matches a module whose name equals it or ends with `.entry`; a string is a regular
-expression that must match the whole name; `"all-linear"` means every linear module but the
+expression that must match the full name; `"all-linear"` means every linear module except the
 language-model head and the task head. Names are Hugging Face's, with the layer number, so a list
-written for PEFT works here unchanged.
+written for PEFT works unchanged.
 
-What PEFT lets pass in silence is refused here: an entry, a layer number or a pattern that matches
-nothing.
+Unlike in PEFT, an entry, a layer number or a pattern that matches nothing is an error.
 """
 
 from __future__ import annotations
@@ -34,16 +33,14 @@ class Site:
     """One module that a method can adapt.
 
     Attributes:
-        path: of the module, `("model", "layers", "self_attn", "q_proj")`.
-        names: its Hugging Face names: one, or one a layer where the layers are stacked.
-        shape: `(in, out)` of its kernel, `(vocab, d)` of an embedding, `(d, d)` of a norm; without
+        path: path of the module, `("model", "layers", "self_attn", "q_proj")`.
+        names: its Hugging Face names: one, or one per layer if the layers are stacked.
+        shape: `(in, out)` of a kernel, `(vocab, d)` of an embedding, `(d, d)` of a norm; without
             layer axes.
-        layers: sizes of the leading axes of its leaves that count layers; empty where they are not
-            stacked.
-        kind: `linear`, `embedding` or `norm`; of a model that is not jaxpeft's own, the module's
-            type where no method can adapt it.
-        order: the axes of its kernel, those that are contracted first; empty where they are in that
-            order.
+        layers: sizes of the layer axes of its leaves; empty if they are not stacked.
+        kind: `linear`, `embedding` or `norm`; the name of the module's type if no method can adapt
+            it.
+        order: the axes of its kernel, contracted ones first; empty if they already are.
     """
 
     path: Path
@@ -59,7 +56,7 @@ class Site:
         return self.names[0]
 
     def one(self, i: int) -> Site:
-        """Return one layer of the site, as a site that is not stacked."""
+        """Return one layer of the site as an unstacked site."""
         return dataclasses.replace(self, names=(self.names[i],), layers=())
 
 
@@ -68,12 +65,11 @@ class Targets:
     """The target options of a method, as in PEFT's config.
 
     Attributes:
-        targets: list of name suffixes, or a regular expression, or `"all-linear"`, or `"all"`.
-        exclude: the same, for what must not be adapted; it wins.
+        targets: list of name suffixes, a regular expression, `"all-linear"`, or `"all"`.
+        exclude: the same, for modules that are not adapted; it takes precedence.
         layers_to_transform: layer numbers; None for all.
-        layers_pattern: names of the container whose numbers count; empty for the first number in a
-            name.
-        modules_to_save: names of modules that are trained whole, and so never adapted.
+        layers_pattern: names of the layer containers; empty to use the first number in a name.
+        modules_to_save: names of modules that are fully trained, and so never adapted.
     """
 
     targets: str | tuple[str, ...]
@@ -87,12 +83,11 @@ KINDS = ("linear", "embedding", "norm")
 
 
 def find_sites(params: Mapping[str, Any], kinds: Sequence[str] = ("linear",)) -> list[Site]:
-    """List the modules of a tree that can be adapted, by the leaves that they hold, below the layer
-    axis if any.
+    """List the modules of a tree that can be adapted, judging by their leaves.
 
     Args:
-        params: the parameter tree; abstract leaves will do.
-        kinds: of sites: `linear` for those that hold a two-dimensional kernel, `embedding`, `norm`.
+        params: the parameter tree; its leaves may be abstract.
+        kinds: kinds of sites: `linear` (with a two-dimensional kernel), `embedding`, `norm`.
     """
     sites: list[Site] = []
     for path, node in _modules(params):
@@ -107,7 +102,7 @@ def find_sites(params: Mapping[str, Any], kinds: Sequence[str] = ("linear",)) ->
 def _modules(
     tree: Mapping[str, Any], prefix: Path = ()
 ) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """Yield the modules that hold leaves of their own."""
+    """Yield the modules that have leaves of their own."""
     if prefix and any(not isinstance(value, Mapping) for value in tree.values()):
         yield prefix, tree
     for key, value in tree.items():
@@ -125,20 +120,20 @@ def resolve(
     kinds: Sequence[str] = ("linear",),
     sites: Sequence[Site] | None = None,
 ) -> dict[Site, tuple[bool, ...]]:
-    """Find the sites to adapt, and for each which of its layers.
+    """Return the sites to adapt, with a flag for each of their layers.
 
     Args:
-        params: the parameter tree; abstract leaves will do.
+        params: the parameter tree; its leaves may be abstract.
         wanted: the target options.
-        kinds: of sites that can be adapted.
-        sites: of a model that is not jaxpeft's own; None to find them in the tree.
+        kinds: kinds of sites that can be adapted.
+        sites: sites of a model that is not jaxpeft's own; None to find them in the tree.
 
     Returns:
-        The matched sites; the value has one flag a name of the site.
+        The matched sites, each with one flag per name.
 
     Raises:
-        TargetError: an entry, a layer number or an expression matches nothing, or no site is left;
-            the message lists the nearest site names.
+        TargetError: An entry, a layer number or an expression matches nothing, or all sites are
+            excluded; the message lists the nearest site names.
     """
     sites = (
         find_sites(params, kinds)
@@ -154,17 +149,17 @@ def resolve(
     chosen = {site: flags for site, flags in chosen.items() if any(flags)}
     if not chosen:
         raise TargetError(
-            f"targets {wanted.targets!r} with exclude {wanted.exclude!r} leave no site;"
+            f"targets {wanted.targets!r} with exclude {wanted.exclude!r} match no site;"
             f" {_sample(names)}"
         )
     return chosen
 
 
 def require_fast_targets(wanted: Targets, names: Sequence[str]) -> None:
-    """Refuse targets whose expressions take too long on one of the names.
+    """Raise an error if a regular expression takes too long to match the names.
 
     Raises:
-        TargetError: naming the expression.
+        TargetError: An expression is too slow; it names the expression.
     """
     for field, entries in (("targets", wanted.targets), ("exclude", wanted.exclude)):
         require_fast(field, {entries: entries} if isinstance(entries, str) else {}, names)
@@ -174,18 +169,16 @@ def require_fast_targets(wanted: Targets, names: Sequence[str]) -> None:
 
 
 def is_keyword(targets: str | tuple[str, ...]) -> bool:
-    """Return whether targets are `"all-linear"`, or `"all"` sites of the method's kinds, and so no
-    regular expression.
-    """
+    """Return whether targets are the keyword `"all-linear"` or `"all"`."""
     return isinstance(targets, str) and targets.lower() in (ALL_LINEAR, ALL)
 
 
 def usual_targets(entries: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
-    """Return those of the usual targets of a method that a model has.
+    """Return the default targets of a method that exist in a model.
 
     Args:
-        entries: ends of site names.
-        names: of all sites.
+        entries: suffixes of site names.
+        names: names of all sites.
     """
     return tuple(entry for entry in entries if any(is_named_by(name, (entry,)) for name in names))
 
@@ -193,17 +186,16 @@ def usual_targets(entries: Sequence[str], names: Sequence[str]) -> tuple[str, ..
 def require_kinds(
     method: str, wanted: Targets, sites: Sequence[Site], kinds: Sequence[str]
 ) -> None:
-    """Refuse targets that name sites of a kind that the method cannot adapt: leaving them out would
-    be silent.
+    """Raise an error if targets match sites that the method cannot adapt.
 
     Args:
-        method: its name.
+        method: name of the method.
         wanted: the target options.
-        sites: of all kinds.
-        kinds: of sites that it can adapt.
+        sites: sites of all kinds.
+        kinds: kinds of sites that it can adapt.
 
     Raises:
-        TargetError: naming the sites.
+        TargetError: There are such sites; it names them.
     """
     if is_keyword(wanted.targets):
         _report_unknown(wanted, sites)
@@ -215,9 +207,8 @@ def require_kinds(
     for entry in entries:
         one = entry if isinstance(wanted.targets, str) else (entry,)
         hit = [(kind, name) for kind, name in others if is_named_by(name, one)]
-        # an entry that names sites of both kinds, as a regular expression may, takes those that can
-        # be adapted; a module of a
-        # type that no method knows is no such kind
+        # an entry that matches several kinds selects those that can be adapted; a module whose type
+        # no method knows is always an error
         unknown = [
             (kind, name)
             for kind, name in hit
@@ -226,7 +217,7 @@ def require_kinds(
         if unknown or (hit and not any(is_named_by(name, one) for name in own)):
             kind, name = (unknown or hit)[0]
             problems.append(
-                f"targets: {entry!r} names {name}, which is {'an' if kind[0] in 'aeiou' else 'a'}"
+                f"targets: {entry!r} matches {name}, which is {'an' if kind[0] in 'aeiou' else 'a'}"
                 f" {kind} site; {method} adapts {' and '.join(kinds)} sites"
             )
     if problems:
@@ -234,18 +225,18 @@ def require_kinds(
 
 
 def _report_unknown(wanted: Targets, sites: Sequence[Site]) -> None:
-    """Log the modules that a keyword leaves out because no method knows their type."""
-    left = [f"{site.name} ({site.kind})" for site in sites if site.kind not in KINDS]
-    left = [name for name in left if not is_named_by(name.split(" ")[0], wanted.exclude)]
-    if left:
-        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+    """Log the modules that a keyword skips because no method can adapt their type."""
+    skipped = [f"{site.name} ({site.kind})" for site in sites if site.kind not in KINDS]
+    skipped = [name for name in skipped if not is_named_by(name.split(" ")[0], wanted.exclude)]
+    if skipped:
+        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
         _log.warning(
-            "left as they are, of types that no method adapts: %s%s", ", ".join(left[:5]), more
+            "not adapted, since no method supports their type: %s%s", ", ".join(skipped[:5]), more
         )
 
 
 def matches(name: str, wanted: Targets, kind: str = "linear") -> bool:
-    """Return whether the module of this Hugging Face name and kind is to be adapted."""
+    """Return whether the module with this Hugging Face name and kind is adapted."""
     if (
         is_named_by(name, wanted.exclude)
         or is_under(name, wanted.modules_to_save)
@@ -260,49 +251,48 @@ def matches(name: str, wanted: Targets, kind: str = "linear") -> bool:
                 kind == "linear" and name.split(".")[-1] != "lm_head" and _in_layers(name, wanted)
             )
         return full_match(wanted.targets, name) is not None
-    # PEFT: an entry that is the whole name is taken at its word, whatever layers_to_transform says
+    # as in PEFT, an entry that is a full name overrides layers_to_transform
     return name in wanted.targets or (
         is_named_by(name, wanted.targets) and _in_layers(name, wanted)
     )
 
 
 def whole_leaf(method: str, path: Path, leaf: Any, wanted: Callable[[str], bool]) -> bool:
-    """Return whether a leaf of the base is to be trained, which a stacked one can be for all of its
-    layers only.
+    """Return whether a leaf of the base is trained; a stacked one only in all of its layers.
 
     Args:
-        method: the name of the method that trains it.
-        path: of the leaf.
-        leaf: itself; abstract will do.
-        wanted: whether the module of a Hugging Face name is one whose leaf is trained.
+        method: name of the method that trains it.
+        path: path of the leaf.
+        leaf: the leaf, which may be abstract.
+        wanted: whether the module with a Hugging Face name is trained.
 
     Raises:
-        ConfigError: some layers of a stacked leaf are wanted, and others not.
+        ConfigError: Only some layers of a stacked leaf would be trained.
     """
     layers = None if paths.layer_axis(path) is None else leaf.shape[0]
     flags = [wanted(name) for name in paths.hf_names(path[:-1], layers)]
     if any(flags) and not all(flags):
         raise ConfigError(
-            f"{method}: {paths.text(path)} is one stacked leaf, and it is to be trained in"
-            f" {sum(flags)} of its {len(flags)} layers; take all of them, or load the model with"
+            f"{method}: {paths.text(path)} is one stacked leaf, but only {sum(flags)} of its"
+            f" {len(flags)} layers are to be trained; select all layers, or load the model with"
             " scan_layers=False"
         )
     return all(flags)
 
 
 def is_under(name: str, modules: Iterable[str]) -> bool:
-    """Return whether a name, or the name of a module around it, ends with one of `modules`: `norm`
-    takes `input_layernorm`.
+    """Return whether a name, or that of an enclosing module, ends with one of `modules`.
 
-    That is how PEFT reads `modules_to_save`; in `targets` an entry begins at a dot.
+    `norm` matches `input_layernorm`, as in PEFT's `modules_to_save`. In `targets`, an entry must
+    start after a dot.
     """
-    wanted = tuple(modules)
-    return any(around.endswith(wanted) for around in accumulate(name.split("."), "{}.{}".format))
+    suffixes = tuple(modules)
+    return any(parent.endswith(suffixes) for parent in accumulate(name.split("."), "{}.{}".format))
 
 
 def pattern_value(name: str, patterns: Mapping[str, Any], default: Any) -> Any:
-    """Return the value of the first pattern that matches the end of a name, as `rank_pattern` means
-    it in PEFT.
+    """Return the value of the first pattern that matches the end of a name, like `rank_pattern` in
+    PEFT.
     """
     for pattern, value in patterns.items():
         if full_match(_at_end(pattern), name):
@@ -315,20 +305,19 @@ def _at_end(pattern: str) -> str:
 
 
 def require_ends(field: str, patterns: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse a pattern that is not the end of a site's name in plain letters: PEFT reads others in
-    another way here.
+    """Raise an error if a pattern is not a literal suffix of a site's name.
 
-    It looks for a dot and the pattern in front of the end of the name, and does not group what the
-    pattern may be.
+    PEFT interprets other patterns differently here: it searches for a dot and the pattern at the
+    end of the name, without grouping alternatives.
 
     Raises:
-        TargetError: naming the pattern.
+        TargetError: There is such a pattern; it names it.
     """
     odd = [p for p in patterns if re.fullmatch(r"[\w.]+", p) is None or p in names]
     if odd:
         raise TargetError(
             [
-                f"{field}: {p!r} would be read otherwise by PEFT; give the end of a site's name,"
+                f"{field}: PEFT would interpret {p!r} differently; use the end of a site's name,"
                 f" such as {'.'.join(names[0].split('.')[1:])!r}"
                 for p in odd
             ]
@@ -337,10 +326,10 @@ def require_ends(field: str, patterns: Mapping[str, Any], names: Sequence[str]) 
 
 
 def require_patterns(field: str, patterns: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuse a pattern that matches none of the adapted sites, or take too long to.
+    """Raise an error if a pattern matches no adapted site, or takes too long to match.
 
     Raises:
-        TargetError: naming the pattern and the nearest names.
+        TargetError: There is such a pattern; it names it and the nearest site names.
     """
     require_fast(field, {p: _at_end(p) for p in patterns}, names)
     unused = [p for p in patterns if not any(full_match(_at_end(p), name) for name in names)]
@@ -351,9 +340,7 @@ def require_patterns(field: str, patterns: Mapping[str, Any], names: Sequence[st
 
 
 def is_named_by(name: str, entries: str | tuple[str, ...]) -> bool:
-    """Return whether a site name is one that entries mean: an expression of the whole name, or end
-    of names.
-    """
+    """Return whether entries match a site name: a regular expression, or a list of suffixes."""
     if isinstance(entries, str):
         return full_match(entries, name) is not None
     return any(name == entry or name.endswith(f".{entry}") for entry in entries)
@@ -387,17 +374,17 @@ def _require_all_used(wanted: Targets, names: Sequence[str]) -> None:
         full_match(wanted.targets, name) for name in names
     ):
         problems.append(
-            f"targets: the regular expression {wanted.targets!r} matches no whole site name;"
+            f"targets: the regular expression {wanted.targets!r} matches no full site name;"
             f" {_sample(names)}"
         )
     numbers = {_layer_number(name, wanted.layers_pattern) for name in names} - {None}
     absent = sorted(set(wanted.layers_to_transform or ()) - numbers)
     if absent:
-        there = (
+        existing = (
             f"0 to {max(n for n in numbers if n is not None)}" if numbers else "no numbered layers"
         )
         problems.append(
-            f"layers_to_transform: no layer {', '.join(map(str, absent))}; the model has {there}"
+            f"layers_to_transform: no layer {', '.join(map(str, absent))}; the model has {existing}"
         )
     if problems:
         raise TargetError(problems)
@@ -419,16 +406,14 @@ def _sample(names: Sequence[str], n: int = 8) -> str:
 
 
 def report_coverage(sites: Sequence[Site], chosen: Mapping[Site, tuple[bool, ...]]) -> None:
-    """Log, where a kind of site is adapted in some layers only, a table of how many of each kind
-    are adapted.
-    """
-    there: dict[str, int] = {}
-    taken: dict[str, int] = {}
+    """Log a table of adapted sites if some of them are adapted only in some layers."""
+    total: dict[str, int] = {}
+    adapted: dict[str, int] = {}
     for site in sites:
         kind = re.sub(r"\.\d+\.", ".*.", site.names[0])
-        there[kind] = there.get(kind, 0) + len(site.names)
-        taken[kind] = taken.get(kind, 0) + sum(chosen.get(site, ()))
-    partial = any(0 < taken[kind] < there[kind] for kind in there)
+        total[kind] = total.get(kind, 0) + len(site.names)
+        adapted[kind] = adapted.get(kind, 0) + sum(chosen.get(site, ()))
+    partial = any(0 < adapted[kind] < total[kind] for kind in total)
     if partial:
-        rows = [f"  {taken[kind]:4d} of {there[kind]:4d}  {kind}" for kind in there]
-        _log.warning("some sites are adapted in part of the layers only:\n%s", "\n".join(rows))
+        rows = [f"  {adapted[kind]:4d} of {total[kind]:4d}  {kind}" for kind in total]
+        _log.warning("some sites are adapted only in some layers:\n%s", "\n".join(rows))

@@ -1,6 +1,4 @@
-"""Splitting a parameter tree and putting it together again, and converting between stacked and
-unrolled layers.
-"""
+"""Partitioning and combining parameter trees, and stacking and unrolling their layers."""
 
 from __future__ import annotations
 
@@ -16,28 +14,28 @@ from jaxpeft.core.paths import Path, Tree
 
 
 def partition(params: Mapping[str, Any], mask: Mapping[str, Any]) -> tuple[Tree, Tree]:
-    """Split a tree in two: the leaves whose mask is True, and the others.
+    """Split a tree into the leaves whose mask is True, and the rest.
 
-    The parts are plain nested dicts that hold only their own leaves, so an optimizer state made
-    from the first part cannot hold an array for a leaf of the second.
+    The parts are plain nested dicts with only their own leaves, so an optimizer state initialized
+    from the first part has no arrays for leaves of the second.
 
     Args:
         params: nested dict of arrays.
-        mask: nested dict of bools with the same structure, as `trainable_mask` gives.
+        mask: nested dict of bools with the same structure, from `trainable_mask`.
 
     Returns:
         `(trainable, frozen)`.
 
     Raises:
-        ValueError: the structures differ; the message names the paths.
+        ValueError: The structures differ; the message names the paths.
     """
     flags = dict(paths.walk(mask))
     items = list(paths.walk(params))
     differing = flags.keys() ^ {path for path, _ in items}
     if differing:
-        named = ", ".join(sorted(map(paths.text, differing))[:5])
+        names = ", ".join(sorted(map(paths.text, differing))[:5])
         raise ValueError(
-            f"mask and params have different leaves ({len(differing)}): {named}; make the mask from"
+            f"mask and params have different leaves ({len(differing)}): {names}; make the mask from"
             " params"
         )
     chosen = [(path, leaf) for path, leaf in items if flags[path]]
@@ -46,14 +44,14 @@ def partition(params: Mapping[str, Any], mask: Mapping[str, Any]) -> tuple[Tree,
 
 
 def combine(a: Mapping[str, Any], b: Mapping[str, Any]) -> Tree:
-    """Put two parts of a tree together again; the inverse of `partition`.
+    """Combine two parts of a tree; the inverse of `partition`.
 
     Args:
         a: nested dict of arrays.
         b: nested dict of arrays, with no leaf in common with `a`.
 
     Raises:
-        ValueError: a leaf is in both parts; the message names it.
+        ValueError: A leaf is in both parts; the message names it.
     """
     return _combine(a, b, ())
 
@@ -67,20 +65,21 @@ def _combine(a: Mapping[str, Any], b: Mapping[str, Any], prefix: Path) -> Tree:
             out[key] = _combine(out[key], value, (*prefix, key))
         else:
             raise ValueError(
-                f"{paths.text((*prefix, key))} is in both trees; combine takes the two parts of one"
-                " tree"
+                f"{paths.text((*prefix, key))} is in both trees; combine needs two disjoint parts"
+                " of one tree"
             )
     return {key: _copy(value) for key, value in out.items()}
 
 
 def _copy(node: Any) -> Any:
-    """Copy the dicts, not the arrays, so that no part shares a dict with the whole."""
+    """Copy the dicts but not the arrays, so that no two trees share a dict."""
     return {key: _copy(value) for key, value in node.items()} if isinstance(node, Mapping) else node
 
 
 def count(tree: Mapping[str, Any]) -> int:
-    """Return the number of parameters of a tree of arrays or abstract arrays; a quantized kernel
-    counts as the one it stands for.
+    """Return the number of parameters of a tree, which may be abstract.
+
+    A quantized kernel counts like the unquantized one.
     """
     return sum(kernels.parameters(path[-1], leaf.shape) for path, leaf in paths.walk(tree))
 
@@ -90,7 +89,7 @@ def stack_layers(params: Mapping[str, Any]) -> Tree:
     layer axis.
 
     Raises:
-        ValueError: the layers do not hold the same leaves, which scanned layers must.
+        ValueError: The layers have different leaves.
     """
     out: Tree = {}
     for key, node in params.items():

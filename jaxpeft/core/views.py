@@ -1,10 +1,8 @@
-"""A linear module of any type seen as `[..., in] -> [..., out]`, so that a method needs to know one
-kind of linear site only.
+"""Views of linear modules of any type as `[..., in] -> [..., out]`, the only form that methods see.
 
-`Dense` is that already. `DenseGeneral`, `Einsum` and `Conv` (and NNX's `LinearGeneral`, `Einsum`,
-`Conv`) are brought to it by reshaping what goes in and what comes out: the axes that are contracted
-become one, and so do those that are made. A convolution is the product of its patches, `[..., in *
-window]`, with its kernel.
+`Dense` already has this form. For `DenseGeneral`, `Einsum` and `Conv` (and NNX's `LinearGeneral`,
+`Einsum`, `Conv`), inputs and outputs are reshaped: the contracted axes become one, and so do the
+output axes. A convolution is the product of its patches, `[..., in * window]`, with its kernel.
 """
 
 from __future__ import annotations
@@ -29,12 +27,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class KernelView:
-    """How the kernel of a module becomes `[in, out]`.
+    """The view of a module's kernel as `[in, out]`.
 
     Attributes:
-        kind: `linear`, `embedding`, `norm`, or the type's name where no method can adapt it.
+        kind: `linear`, `embedding`, `norm`, or the type's name if no method can adapt it.
         shape: `(in, out)`.
-        order: the kernel's axes, those that are contracted first; empty where it is in that order.
+        order: the kernel's axes, contracted ones first; empty if they already are.
     """
 
     kind: str
@@ -43,15 +41,15 @@ class KernelView:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A call of a module, brought to the form that methods compute with.
+class CallView:
+    """The view of a module's call that methods compute with.
 
     Attributes:
-        args: what it is called with; of a linear module one array, `[..., in]`.
+        args: its arguments; for a linear module one array, `[..., in]`.
         base: computes the module, `[..., in] -> [..., out]`.
-        kernel: gives its kernel, float32 `[in, out]`.
+        kernel: returns its kernel, float32 `[in, out]`.
         bias: `[out]`, or None.
-        restore: brings `[..., out]` to the shape that the module gives.
+        restore: reshapes `[..., out]` to the module's output shape.
     """
 
     args: tuple[Any, ...]
@@ -70,15 +68,15 @@ _NORM = (nn.LayerNorm, nn.RMSNorm, nnx.LayerNorm, nnx.RMSNorm)
 
 
 def plan(module: Any, leaves: Mapping[str, Shape], einsum: str | None = None) -> KernelView | None:
-    """Return what kind of site a module is, and how its kernel is laid out.
+    """Return the kind of site of a module and the view of its kernel.
 
     Args:
         module: a Linen or an NNX module.
-        leaves: the shapes of its own leaves, without layer axes.
-        einsum: the equation that an `Einsum` is called with, where it is not its own.
+        leaves: shapes of its own leaves, without layer axes.
+        einsum: equation passed in the call of an `Einsum`, or None.
 
     Returns:
-        None for a module without leaves.
+        The view; None for a module without leaves.
     """
     if not leaves:
         return None
@@ -105,8 +103,8 @@ def plan(module: Any, leaves: Mapping[str, Shape], einsum: str | None = None) ->
 
 
 def _lay_out(module: Any, full: Shape, einsum: str | None) -> tuple[Shape, Shape, Shape] | None:
-    """Return the contracted and the made axes of a kernel, and both in that order; None for what is
-    not supported.
+    """Return the contracted axes of a kernel, its output axes, and both together; None if the
+    module is not supported.
     """
     if isinstance(module, _GENERAL):
         n = len(_tuple(module.axis))
@@ -135,7 +133,7 @@ def _tuple(value: Any) -> tuple[int, ...]:
 
 
 def _equation(module: Any, einsum: str | None) -> tuple[str, str, str, str, str] | None:
-    """Take an equation `x,kernel->y` apart: `(x, kernel, y, contracted letters, made letters)`."""
+    """Split an equation `x,kernel->y` into `(x, kernel, y, contracted letters, output letters)`."""
     text = einsum or getattr(module, "einsum_str", None)
     if text is None or "." in text:
         return None
@@ -143,18 +141,16 @@ def _equation(module: Any, einsum: str | None) -> tuple[str, str, str, str, str]
     x, kernel = inputs.split(",")
     contracted = "".join(c for c in kernel if c in x and c not in y)
     made = "".join(c for c in kernel if c in y and c not in x)
-    whole = (
+    supported = (
         len(contracted) + len(made) == len(kernel)
         and set(x) == set(contracted) | (set(x) & set(y))
         and contracted
     )
-    return (x, kernel, y, contracted, made) if whole and len(set(x)) == len(x) else None
+    return (x, kernel, y, contracted, made) if supported and len(set(x)) == len(x) else None
 
 
 def operands(module: Any) -> int:
-    """Return how many of the inputs of a module `look` needs by place: an `Einsum` may be called
-    with its equation.
-    """
+    """Return the number of positional inputs for `view`, which for `Einsum` may be an equation."""
     return 2 if isinstance(module, _EINSUM) else 1
 
 
@@ -165,22 +161,22 @@ def view(
     args: tuple[Any, ...],
     base: Callable[..., Any],
     method: Computation,
-) -> Seen:
-    """See a call of a module as methods compute it.
+) -> CallView:
+    """Return the view of a module's call.
 
     Args:
         module: a Linen or an NNX module.
-        name: of the module's method that is called.
-        leaves: of its own.
-        args: of the call.
+        name: name of the called method of the module.
+        leaves: the module's own leaves.
+        args: arguments of the call.
         base: the module's method.
-        method: that adapts it.
+        method: the method that adapts it.
 
     Raises:
-        ConfigError: the module is of a type that the method cannot adapt.
+        ConfigError: The method cannot adapt a module of this type.
     """
-    if not method.leaves.site:  # what computes the whole model
-        return Seen(args, base, lambda: None, None, lambda y: y)
+    if not method.leaves.site:  # the method adapts the entire model
+        return CallView(args, base, lambda: None, None, lambda y: y)
     einsum = (
         args[1]
         if isinstance(module, _EINSUM) and len(args) > 1 and isinstance(args[1], str)
@@ -192,9 +188,9 @@ def view(
         einsum,
     )
     if found is None or found.kind not in method.sites.kinds:
-        what = type(module).__name__
+        kind = type(module).__name__
         raise ConfigError(
-            f"{method.name} cannot adapt a {what} ({_path_of(module)}); leave it out of its targets"
+            f"{method.name} cannot adapt a {kind} ({_path_of(module)}); exclude it from the targets"
         )
     shape, order = found.shape, found.order
 
@@ -203,9 +199,9 @@ def view(
 
     bias = leaves.get("bias")
     if name != "__call__" or found.kind != "linear" or isinstance(module, _DENSE):
-        return Seen(args, base, kernel, bias, lambda y: y)
-    given: Any = args
-    x, rest = given[0], given[1:]
+        return CallView(args, base, kernel, bias, lambda y: y)
+    inputs: Any = args
+    x, rest = inputs[0], inputs[1:]
     if isinstance(module, _CONV):
         return _convolution(module, x, base, kernel, bias)
     equation = _equation(module, einsum) if isinstance(module, _EINSUM) else None
@@ -228,17 +224,16 @@ def _contract(
     base: Callable[[Any], Any],
     kernel: Kernel,
     bias: Any,
-) -> Seen:
-    """See a contraction: the axes of `x` that are contracted go last and become one, and so do
-    those that are made.
+) -> CallView:
+    """Return the view of a contraction, with contracted and output axes moved last and flattened.
 
     Args:
-        x: what the module is called with.
-        axes: of `x` that are contracted, in the kernel's order.
-        places: where the axes that are made stand in the result, in the kernel's order.
-        made: their sizes.
+        x: input of the module.
+        axes: the contracted axes of `x`, in the kernel's order.
+        places: positions of the output axes in the result, in the kernel's order.
+        made: sizes of the output axes.
         base: the module.
-        kernel: gives its kernel as `[in, out]`.
+        kernel: returns its kernel as `[in, out]`.
         bias: `[out]`, or None.
     """
     last = tuple(range(-len(axes), 0))
@@ -258,7 +253,7 @@ def _contract(
     def restore(y: Any) -> Any:
         return jnp.moveaxis(y.reshape(*y.shape[:-1], *made), tuple(range(-len(made), 0)), places)
 
-    return Seen((flat(x),), lambda value: flat_out(base(back(value))), kernel, bias, restore)
+    return CallView((flat(x),), lambda value: flat_out(base(back(value))), kernel, bias, restore)
 
 
 def _einsum(
@@ -269,12 +264,11 @@ def _einsum(
     kernel: Kernel,
     bias: Any,
     full: Shape,
-) -> Seen:
+) -> CallView:
     letters, of_kernel, y, contracted, made = equation
     axes = tuple(letters.index(c) for c in contracted)
     kept = [c for c in letters if c not in contracted]
-    # the axes that stay must come out in the order in which they went in: others are put so by the
-    # einsum itself
+    # the batch axes must keep their order in the output; otherwise transpose it
     order = [*kept, *made]
     places = tuple(y.index(c) for c in made)
     straight = [c for c in y if c not in made] == kept
@@ -288,33 +282,35 @@ def _einsum(
     sizes = tuple(full[of_kernel.index(c)] for c in made)
     if straight:
         return _contract(x, axes, places, sizes, plain, kernel, bias)
-    seen = _contract(x, axes, tuple(range(-len(made), 0)), sizes, plain, kernel, bias)
-    return Seen(
-        seen.args,
-        seen.base,
+    inner = _contract(x, axes, tuple(range(-len(made), 0)), sizes, plain, kernel, bias)
+    return CallView(
+        inner.args,
+        inner.base,
         kernel,
         bias,
-        lambda v: jnp.transpose(seen.restore(v), [order.index(c) for c in y]),
+        lambda v: jnp.transpose(inner.restore(v), [order.index(c) for c in y]),
     )
 
 
-def _convolution(module: Any, x: Any, base: Callable[..., Any], kernel: Kernel, bias: Any) -> Seen:
-    """See a convolution: patches `[..., in * window]` times the kernel."""
+def _convolution(
+    module: Any, x: Any, base: Callable[..., Any], kernel: Kernel, bias: Any
+) -> CallView:
+    """Return the view of a convolution: patches `[..., in * window]` times the kernel."""
     window = _tuple(module.kernel_size)
     n = len(window)
     lead = x.shape[: x.ndim - n - 1]
-    given = x.reshape(-1, *x.shape[x.ndim - n - 1 :])
+    batch = x.reshape(-1, *x.shape[x.ndim - n - 1 :])
     padding = module.padding
     if padding == "CAUSAL":
         (dilation,) = _map_each(module.kernel_dilation, 1)
-        given, padding = jnp.pad(given, [(0, 0), (dilation * (window[0] - 1), 0), (0, 0)]), "VALID"
+        batch, padding = jnp.pad(batch, [(0, 0), (dilation * (window[0] - 1), 0), (0, 0)]), "VALID"
     elif isinstance(padding, int):
         padding = [(padding, padding)] * n
     elif not isinstance(padding, str):
         padding = [(side, side) if isinstance(side, int) else tuple(side) for side in padding]
     spatial = "DHW"[-n:]
     patches = jax.lax.conv_general_dilated_patches(
-        given,
+        batch,
         window,
         _map_each(module.strides, n),
         padding,
@@ -330,15 +326,15 @@ def _convolution(module: Any, x: Any, base: Callable[..., Any], kernel: Kernel, 
         y = value @ kernel().astype(value.dtype)
         return y if bias is None else y + bias.astype(y.dtype)
 
-    return Seen((patches,), product, kernel, bias, lambda y: y)
+    return CallView((patches,), product, kernel, bias, lambda y: y)
 
 
 def _map_each(value: Any, n: int) -> tuple[int, ...]:
-    """Return a number for each of `n` axes, from one for all, None for 1, or a number for each."""
+    """Return a number for each of `n` axes, from one number for all, None (1), or a sequence."""
     return (value or 1,) * n if value is None or isinstance(value, int) else tuple(value)
 
 
 def _path_of(module: Any) -> str:
-    """Return where a module stands, as far as it knows."""
+    """Return the path of a module, if it knows it."""
     path = getattr(module, "path", ())
     return "/".join(map(str, path)) or "at the root"

@@ -1,1 +1,1 @@
-"""Exports: an adapter as other libraries read it, or merged into its base."""
+"""Exporting an adapter in other libraries' formats, or merged into its base."""

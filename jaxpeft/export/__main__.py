@@ -3,14 +3,14 @@
 The formats:
 
     peft      a folder in the file format of Hugging Face PEFT, or of the method's own library
-    merged    the adapter folded into its base, as `transformers` loads it: safetensors, config and
-              tokenizer
+    merged    the adapter merged into its base, in the format of `transformers`: safetensors,
+              config and tokenizer
     merged_quantized_reference
-              the same, for an adapter of a quantized base: into that base, rounded as it was
+              the same, merged into the base with the quantization error of training
 
-The command loads again what it wrote, and compares, before the folder gets its name. Exit codes: 0
-done, 2 bad input, 143 and 130 stopped by SIGTERM and SIGINT, 1 any other failure; after a failure
-nothing is left.
+The command loads the result again and compares its logits before it renames the folder. Exit codes:
+0 done, 2 bad input, 143 and 130 stopped by SIGTERM and SIGINT, 1 any other failure. After a failure
+no files remain.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ class ExportArguments(Arguments):
 
     adapter: str | None = option(None, "folder of the adapter")
     to: Literal["peft", "merged", "merged_quantized_reference"] | None = option(
-        None, "what to write"
+        None, "output format"
     )
-    out: str | None = option(None, "folder to write; a new one")
+    out: str | None = option(None, "folder to write, which must be new")
     base: str | None = option(
-        None, "folder or hub id of the base; by default what the adapter names"
+        None, "folder or hub id of the base; by default the one recorded in the adapter"
     )
-    dtype: Dtype | None = option(None, "of merged weights; by default that of the base's")
-    task: Task | None = option(None, "of an adapter that names no task")
+    dtype: Dtype | None = option(None, "dtype of merged weights; by default the base's")
+    task: Task | None = option(None, "task, if the adapter does not record it")
     pooling: str | None = option(
-        None, "what a classifier reads, of an adapter that does not say it"
+        None, "input of a sequence classifier, if the adapter does not record it"
     )
     vocab_size: int | None = option(
-        None, "of a base that tokens were added to, of an adapter that does not say it"
+        None, "number of tokens with added ones, if the adapter does not record it"
     )
-    allow_base: bool = option(False, "export though the base is another than the adapter's")
+    allow_base: bool = option(False, "export even if the base is not the adapter's")
 
 
 ARGUMENTS = ExportArguments
@@ -60,28 +60,26 @@ ARGUMENTS = ExportArguments
 def main(argv: list[str]) -> int:
     """Export an adapter; return the exit code."""
     with _ending_on_signals():
-        return run_command(ExportArguments, argv, __doc__, lambda given, _: _run(given))
+        return run_command(ExportArguments, argv, __doc__, lambda args, _: _run(args))
 
 
-def _run(given: ExportArguments) -> int:
-    missing = [name for name in ("adapter", "to", "out") if getattr(given, name) is None]
-    if given.adapter is None or given.to is None or given.out is None:
-        raise ConfigError([f"--{name}: is not given; see --help" for name in missing])
-    from jaxpeft.export.export import (
-        ExportRequest,
-        export,
-    )  # JAX is imported for arguments that are good
+def _run(args: ExportArguments) -> int:
+    missing = [name for name in ("adapter", "to", "out") if getattr(args, name) is None]
+    if args.adapter is None or args.to is None or args.out is None:
+        raise ConfigError([f"--{name}: is required; see --help" for name in missing])
+    # imports JAX, so only for valid arguments
+    from jaxpeft.export.export import ExportRequest, export
 
     request = ExportRequest(
-        Path(given.adapter),
-        to=given.to,
-        out=Path(given.out),
-        base=given.base,
-        dtype=given.dtype,
-        task=given.task,
-        pooling=given.pooling,
-        vocab_size=given.vocab_size,
-        allow_base=given.allow_base,
+        Path(args.adapter),
+        to=args.to,
+        out=Path(args.out),
+        base=args.base,
+        dtype=args.dtype,
+        task=args.task,
+        pooling=args.pooling,
+        vocab_size=args.vocab_size,
+        allow_base=args.allow_base,
     )
     sys.stdout.write("\n".join(export(request).lines) + "\n")
     return 0
@@ -89,9 +87,7 @@ def _run(given: ExportArguments) -> int:
 
 @contextmanager
 def _ending_on_signals() -> Generator[None]:
-    """Let SIGTERM and SIGINT end the command as an exception does: what is half-written is
-    removed.
-    """
+    """Raise SystemExit on SIGTERM and SIGINT, so that incomplete output is removed."""
 
     def end(signum: int, frame: FrameType | None) -> None:
         del frame

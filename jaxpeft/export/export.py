@@ -1,8 +1,7 @@
-"""Taking an adapter out of jaxpeft: a folder that `peft` loads, or a merged model that
-`transformers` loads.
+"""Exporting an adapter as a folder for `peft`, or as a merged model for `transformers`.
 
-What was written is loaded again, and its logits are compared, before it gets its name: a folder
-that is there is whole.
+The result is loaded again and its logits are compared before the folder gets its final name, so a
+folder that exists is complete.
 """
 
 from __future__ import annotations
@@ -51,18 +50,18 @@ from jaxpeft.models.base import Pretrained
 from jaxpeft.quant.quantize import Quant, dequantize
 
 WARN_ABOVE = 0.01
-"""The relative error of a merge above which there is a warning."""
+"""The relative error of a merge above which a warning is logged."""
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written.
+    """The result of an export.
 
     Attributes:
-        lines: for the person at the terminal: what, its size, the errors, how to load it.
-        gap: the largest difference of logits on the probe batch.
-        error: of a merge, `||merged - exact|| / ||exact - base||` over all changed weights.
+        lines: text for the terminal: the output, its size, the errors, how to load it.
+        gap: largest difference of logits on the probe batch.
+        error: error of a merge, `||merged - exact|| / ||exact - base||` over all changed weights.
     """
 
     lines: tuple[str, ...]
@@ -72,7 +71,7 @@ class Report:
 
 @dataclass(frozen=True)
 class _Work:
-    """An adapter on its base, loaded: what an export begins with."""
+    """The input of an export: an adapter loaded into its base."""
 
     request: ExportRequest
     adapter: AdapterFolder
@@ -85,12 +84,11 @@ def export(request: ExportRequest) -> Report:
     """Export an adapter.
 
     Raises:
-        ConfigError: the request cannot be met: the folder is not empty, the task is not known, the
-            method cannot be merged.
-        AdapterError: the adapter cannot be used, is another base's, or is merged into this one
-            already.
-        WeightsError: the base cannot be used.
-        ExportError: what was written does not compute what it was made from; nothing is left of it.
+        ConfigError: The folder is not empty, the task is unknown, or the method cannot be merged.
+        AdapterError: The adapter is invalid, belongs to another base, or is already merged into
+            this one.
+        WeightsError: The base cannot be used.
+        ExportError: The logits of the exported model differ; no files remain.
     """
     require_free(request.out)
     adapter = read_adapter(request.adapter)
@@ -110,18 +108,16 @@ def export(request: ExportRequest) -> Report:
         work = _Work(request, adapter, outline, method, params)
         if request.to == "peft":
             return _to_peft(work, folder, base)
-        if outline.plan.held:  # in float32 the base is what its files stand for, exactly
+        if outline.plan.held:  # dequantizing the base's files to float32 is exact
             work = dataclasses.replace(work, params=dequantize(params))
             del params
-        del base  # the tree alone holds it now, and gives it up leaf by leaf
+        del base  # only the tree references its leaves now, and frees them one by one
         return _to_merged(work, folder, quant)
 
 
 @contextmanager
 def _work_folder(out: Path) -> Generator[Path]:
-    """Return a folder beside another one, which gets its name in the end; of a failure nothing is
-    left.
-    """
+    """Yield a temporary folder that is renamed to `out` on success, and removed on failure."""
     target = out.resolve()
     with atomic.replace_when_done(target, unique=True) as temporary:
         try:
@@ -129,7 +125,7 @@ def _work_folder(out: Path) -> Generator[Path]:
             temporary.mkdir()
         except OSError as error:
             raise ConfigError(
-                f"--out {out}: cannot be written ({error.strerror}); give another folder"
+                f"--out {out}: cannot be written ({error.strerror}); choose another folder"
             ) from None
         yield temporary
 
@@ -137,9 +133,7 @@ def _work_folder(out: Path) -> Generator[Path]:
 def _to_peft(work: _Work, folder: Path, base: Tree) -> Report:
     model, source = work.outline.model, work.outline.model.source
     wanted = logits(model, work.params, work.method)
-    if (
-        work.adapter.base
-    ):  # files keep the name that the adapter has for its base, wherever that lies here
+    if work.adapter.base:  # keep the base's recorded name rather than its local path
         source = dataclasses.replace(
             source, name=work.adapter.base, revision=work.adapter.config.get("revision")
         )
@@ -149,13 +143,11 @@ def _to_peft(work: _Work, folder: Path, base: Tree) -> Report:
     merged_model.copy_files(None, work.adapter.folder, folder, work.adapter.settings)
     again, loaded = load_adapter(folder, model, base)
     gap = gap_of(logits(model, loaded, again), wanted)
-    require_equal(
-        gap, wanted, TOLERANCE, f"{work.request.out}: the adapter that was written, loaded again"
-    )
+    require_equal(gap, wanted, TOLERANCE, f"{work.request.out}: the exported adapter, loaded again")
     weights = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*.safetensors"))]
     lines = (
         f"wrote {work.request.out}: {work.method.name} adapter, {_size(folder, weights)}",
-        f"largest logit difference, loaded again: {gap:.2g} ({ROWS} rows of random tokens)",
+        f"largest logit difference after loading: {gap:.2g} ({ROWS} rows of random tokens)",
         _adapter_usage(work.request.out, work.method, model),
     )
     return Report(lines, gap)
@@ -164,22 +156,23 @@ def _to_peft(work: _Work, folder: Path, base: Tree) -> Report:
 def _adapter_usage(out: Path, method: Method, model: Pretrained) -> str:
     here = f"jaxpeft.load_adapter({str(out)!r}, model, params)"
     if reads_elsewhere(model):
-        how = f"of jaxpeft.load(..., pooling={model.options.pooling!r})"
+        how = f"with jaxpeft.load(..., pooling={model.options.pooling!r})"
         return (
-            f"load it: {here} {how}; other libraries' classifiers read {model.config.own_pooling!r}"
+            f"load it: {here} {how}; other libraries' classifiers use pooling"
+            f" {model.config.own_pooling!r}"
         )
     parts = [part for part in method.parts() if part.peft.type or part.peft.layout != "peft"]
     if not parts:
-        return f"load it: {here}; other libraries have no {method.name}"
+        return f"load it: {here}; other libraries do not support {method.name}"
     if len(method.parts()) > 1:
         return f"load it: {here}; other libraries load its folders one by one"
     library = LAYOUTS[method.peft.layout]
-    there = (
+    elsewhere = (
         f"peft.PeftModel.from_pretrained(base_model, {str(out)!r})"
         if library.name == "peft"
         else library.library
     )
-    return f"load it: {there} or {here}"
+    return f"load it: {elsewhere} or {here}"
 
 
 def _to_merged(work: _Work, folder: Path, quant: Quant | None) -> Report:
@@ -200,7 +193,7 @@ def _to_merged(work: _Work, folder: Path, quant: Quant | None) -> Report:
     merged = logits(model, params)
     gap = gap_of(merged, wanted)
     if all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params)):
-        require_equal(gap, wanted, TOLERANCE, "the merged weights, and the adapter beside its base")
+        require_equal(gap, wanted, TOLERANCE, "the merged weights, compared with the adapter")
     _warn(error, own)
     kept = not any(paths.is_head(path) for path in outline.plan.new)
     config = merged_model.config_of(model, outline.config, adapter.settings, kept, own)
@@ -229,15 +222,15 @@ def _to_merged(work: _Work, folder: Path, quant: Quant | None) -> Report:
         gap_of(found, merged),
         merged,
         TOLERANCE / 10,
-        f"{request.out}: what was written, loaded again",
+        f"{request.out}: the merged model, loaded again",
     )
-    what = f"{outline.config['model_type']} with {method.name} merged, {own.name}"
+    summary = f"{outline.config['model_type']} with {method.name} merged, {own.name}"
     lines = (
-        f"wrote {request.out}: {what}, {_size(folder, files)}",
-        f"error of the merge: {error:.2g} of what the adapter changes in the weights",
+        f"wrote {request.out}: {summary}, {_size(folder, files)}",
+        f"error of the merge: {error:.2g} of the adapter's change to the weights",
         (
-            f"largest logit difference to the adapter beside its base: {gap:.2g} ({ROWS} rows of"
-            " random tokens)"
+            f"largest logit difference from the unmerged adapter: {gap:.2g} ({ROWS} rows of random"
+            " tokens)"
         ),
         _usage(request.out, model),
     )
@@ -246,22 +239,22 @@ def _to_merged(work: _Work, folder: Path, quant: Quant | None) -> Report:
 
 def _usage(out: Path, model: Pretrained) -> str:
     cls = f"transformers.AutoModel{merged_model.HEADS[model.options.task]}"
-    there = f"{cls}.from_pretrained({str(out)!r})"
-    return f"load it: {there} or jaxpeft.load({str(out)!r}, task={model.options.task!r})"
+    elsewhere = f"{cls}.from_pretrained({str(out)!r})"
+    return f"load it: {elsewhere} or jaxpeft.load({str(out)!r}, task={model.options.task!r})"
 
 
 def _warn(error: float, dtype: Any) -> None:
     if error > WARN_ABOVE:
         _log.warning(
-            "%s rounds off %.1f %% of what the adapter changes in the weights; use --dtype float32,"
-            " or keep the adapter beside its base",
+            "%s rounds off %.1f %% of the adapter's change to the weights; use --dtype float32, or"
+            " keep the adapter separate",
             dtype.name,
             100 * error,
         )
 
 
 def _record(work: _Work) -> dict[str, Any]:
-    """Return what was merged into what; what the base itself was merged from is kept."""
+    """Return the record of this merge, which includes earlier merges of the base."""
     source = work.outline.model.source
     return {
         "jaxpeft_version": jaxpeft.__version__,

@@ -1,5 +1,5 @@
-"""A merged model: the adapter folded into its base in float32, and the folder that `transformers`
-loads it from.
+"""Merged models: folding the adapter into its base in float32, and writing a folder for
+`transformers`.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ HEADS = {
     "token_classification": "ForTokenClassification",
     "encoder": "",
 }
-"""The ends of the names of the classes of `transformers`: `AutoModelForCausalLM`, `AutoModel`."""
+"""Suffixes of `transformers` class names: `AutoModelForCausalLM`, `AutoModel`."""
 _TOKENIZER = (
     "tokenizer*",
     "vocab*",
@@ -64,22 +64,22 @@ _TEXT = (".json", ".txt", ".model", ".jinja")
 
 @dataclass
 class _Drift:
-    """How far leaves are from what they should be, and how far they were moved: sums of squares."""
+    """The rounding error of merged leaves and the size of their change, as sums of squares."""
 
     rounding: float = 0.0
     change: float = 0.0
 
     def add(self, before: Any, exact: Any, kept: Any) -> None:
         old, wanted, got = (np.asarray(x).astype(np.float32) for x in (before, exact, kept))
-        there = tuple(slice(n) for n in old.shape)  # tokens may have been added
-        wanted, got = wanted[there], got[there]
+        existing = tuple(slice(n) for n in old.shape)  # tokens may have been added
+        wanted, got = wanted[existing], got[existing]
         self.rounding += float(np.linalg.norm(got - wanted)) ** 2
         self.change += float(np.linalg.norm(wanted - old)) ** 2
 
 
 def dtype_of(outline: Outline, dtype: Any) -> np.dtype[Any]:
-    """Return the dtype that a merged model has: the one that is asked for, or that of the base's
-    largest leaf that is not quantized.
+    """Return the dtype of a merged model: as requested, or that of the base's largest unquantized
+    leaf.
     """
     if dtype is not None:
         return np.dtype(dtype)
@@ -87,21 +87,20 @@ def dtype_of(outline: Outline, dtype: Any) -> np.dtype[Any]:
 
 
 def fold(method: Method, params: Tree, outline: Outline, dtype: Any) -> float:
-    """Fold the adapter into the base, one module at a time: the tree never holds more than one
-    module twice.
+    """Fold the adapter into the base in place, one module at a time to save memory.
 
     Args:
         method: the method that rewrote `params`; its layers are not stacked.
         params: the rewritten tree, which becomes the merged one.
-        outline: of the base.
-        dtype: of all leaves; None keeps that of each leaf of the base.
+        outline: outline of the base.
+        dtype: dtype of all leaves; None keeps each leaf's dtype in the base.
 
     Returns:
-        `||kept - exact|| / ||exact - base||` over all leaves that differ from the base's; 0 where
-        none does.
+        `||rounded - exact|| / ||exact - base||` over all leaves that differ from the base's; 0 if
+        there are none.
 
     Raises:
-        ConfigError: the method cannot be merged, or a number does not fit the dtype.
+        ConfigError: The method cannot be merged, or a value does not fit the dtype.
     """
     names, own = adapter_names(method), dtype_of(outline, dtype)
     trained = {path for path, flag in paths.walk(trainable_mask(method, params)) if flag}
@@ -109,13 +108,13 @@ def fold(method: Method, params: Tree, outline: Outline, dtype: Any) -> float:
     sites = {site.path: site for site in targets.find_sites(params, targets.KINDS)}
     drift = _Drift()
 
-    def kept(path: Path, exact: Any, before: Any) -> Any:
+    def rounded(path: Path, exact: Any, before: Any) -> Any:
         source = outline.plan.sources.get(path)
         leaf = exact.astype(own if dtype is not None or source is None else source.dtype)
         if leaf.dtype != exact.dtype and not bool(jnp.isfinite(leaf).all()):
             most = float(jnp.abs(exact).max())
             raise ConfigError(
-                f"--dtype {leaf.dtype}: {paths.text(path)} does not fit, its largest number is"
+                f"--dtype {leaf.dtype}: {paths.text(path)} overflows, its largest value is"
                 f" {most:g}; use bfloat16 or float32"
             )
         if path in trained:
@@ -138,29 +137,27 @@ def fold(method: Method, params: Tree, outline: Outline, dtype: Any) -> float:
         for key in names & node.keys():
             del node[key]
         for key in base:
-            node[key] = kept(
+            node[key] = rounded(
                 (*module, key), exact.get(key, base[key]), base[key] if key in exact else None
             )
     return math.sqrt(drift.rounding / drift.change) if drift.change else 0.0
 
 
 def _fold_module(method: Method, site: Site, node: Leaves, base: Leaves, roots: Leaves) -> Leaves:
-    """Return the leaves of one module with every adapter in it folded in, float32; nothing where it
-    is not adapted.
-    """
+    """Return the float32 leaves of one module with its adapters folded in; empty if it has none."""
     exact = {key: jnp.asarray(leaf, jnp.float32) for key, leaf in base.items()}
     return fold_site(parts_that_add(method, MARKERS), site, {**node, **exact}, roots)
 
 
 def round_to_quantized(params: Tree, quant: Quant) -> None:
-    """Round kernels as a quantized base holds them, in place; they become float32.
+    """Round kernels, in place, to the values of a quantized base; they become float32.
 
     Args:
         params: a tree whose layers are not stacked.
         quant: which kernels, and how.
 
     Raises:
-        ConfigError: a kernel does not fit the number format.
+        ConfigError: A kernel does not fit the number format.
     """
     for path in quant.sites(params):
         node = paths.get(params, path[:-1])
@@ -170,16 +167,15 @@ def round_to_quantized(params: Tree, quant: Quant) -> None:
 
 
 def untie_head(method: Method, model: Pretrained, params: Tree) -> Pretrained:
-    """Return the head an own copy of a tied embedding that is adapted where tokens are looked up,
-    but not in the head.
+    """Untie the head if the embedding is adapted for token lookup but not in the head.
 
     Args:
         method: the method that rewrote `params`.
-        model: what `load` gave.
+        model: the model from `load`.
         params: the rewritten tree, changed in place.
 
     Returns:
-        The model that has such a head, or the same.
+        The model with an untied head, or `model` itself.
     """
     if model.options.task != "causal_lm" or "lm_head" in params:
         return model
@@ -203,7 +199,7 @@ def untie_head(method: Method, model: Pretrained, params: Tree) -> Pretrained:
 
 @dataclass(frozen=True)
 class _Leaf:
-    """A leaf of the tree as a tensor of a file."""
+    """A leaf of the tree, with the interface of a tensor in a file."""
 
     leaf: Any
     transposed: bool
@@ -225,28 +221,28 @@ class _Leaf:
 
 
 def tensors_of(model: Pretrained, params: Tree, dtype: Any) -> dict[str, Readable]:
-    """Return the tensors of a merged model by the names that `transformers` has for them.
+    """Return the tensors of a merged model by their names in `transformers`.
 
     Args:
-        model: what was merged.
+        model: the merged model.
         params: the merged tree; its layers are not stacked.
-        dtype: what was asked for; None for that of each leaf of the base.
+        dtype: the requested dtype; None keeps each leaf's dtype in the base.
     """
     own: dict[str, Readable] = {
         paths.hf_names(path, None)[0]: _Leaf(leaf, path[-1] == "kernel")
         for path, leaf in paths.walk(params)
     }
     pooler = {name: tensor for name, tensor in _pooler(model).items() if name not in own}
-    as_asked = {
+    converted = {
         name: _Leaf(t.read().astype(t.dtype if dtype is None else dtype), transposed=False)
         for name, t in pooler.items()
     }
-    return own | as_asked
+    return own | converted
 
 
 def _pooler(model: Pretrained) -> dict[str, Tensor]:
-    """Return the base's pooler, which the classes of `transformers` have in some tasks though
-    nothing here reads it.
+    """Return the base's pooler, which some `transformers` classes require although jaxpeft does
+    not use it.
     """
     family = next(
         (f for f in FAMILIES.values() if f.model_types[0] == getattr(model.config, "kind", None)),
@@ -258,10 +254,10 @@ def _pooler(model: Pretrained) -> dict[str, Tensor]:
     ):
         return {}
     prefix = "" if task == "encoder" else f"{family.prefix}."
-    there = open_folder(model.source.folder)
+    tensors = open_folder(model.source.folder)
     found = {
         re.search(r"(?:^|\.)(pooler\.dense\.(?:weight|bias))$", name): tensor
-        for name, tensor in there.items()
+        for name, tensor in tensors.items()
     }
     return {prefix + match[1]: tensor for match, tensor in found.items() if match}
 
@@ -269,17 +265,16 @@ def _pooler(model: Pretrained) -> dict[str, Tensor]:
 def config_of(
     model: Pretrained, base: Mapping[str, Any], settings: Settings, kept: bool, dtype: Any
 ) -> dict[str, Any]:
-    """Return the `config.json` of a merged model: the base's, with the head, its labels and problem
-    type, and the dtype.
+    """Return the `config.json` of a merged model: the base's, with the new head and dtype.
 
     Args:
-        model: what was merged.
-        base: the content of the base's `config.json`.
-        settings: of the run; the base's names of labels, or `LABEL_0` and so on, where they name
-            none.
-        kept: whether the head is the base's own, trained further, so that what the base says of it
-            holds where the settings say nothing.
-        dtype: of the weights.
+        model: the merged model.
+        base: content of the base's `config.json`.
+        settings: settings of the run. If they have no label names, the base's are used, or
+            `LABEL_0` and so on.
+        kept: whether the head is the base's own, so that the base's labels and problem type are
+            the defaults.
+        dtype: dtype of the weights.
     """
     task, count = model.options.task, model.options.num_labels
     config = {key: value for key, value in base.items() if key not in _NOT_MERGED}
@@ -306,33 +301,31 @@ def config_of(
     if task == "sequence_classification" and (problem or count == 1):
         config["problem_type"] = problem or "regression"
     if config.get("pad_token_id") is None and settings.pad_token_id is not None:
-        config["pad_token_id"] = (
-            settings.pad_token_id
-        )  # which a decoder's classifier finds the last token by
+        # a decoder's classifier needs it to find the last token
+        config["pad_token_id"] = settings.pad_token_id
     return config
 
 
 def _labels_of(base: Mapping[str, Any]) -> list[str]:
-    """Return the names of labels in a `config.json`, in order; none where they are not numbered."""
-    named = base.get("id2label")
-    if not isinstance(named, dict) or not all(str(key).isdecimal() for key in named):
+    """Return the label names of a `config.json` in order; empty if their ids are not numbers."""
+    names = base.get("id2label")
+    if not isinstance(names, dict) or not all(str(key).isdecimal() for key in names):
         return []
-    return [str(named[key]) for key in sorted(named, key=int)]
+    return [str(names[key]) for key in sorted(names, key=int)]
 
 
 def write(
     folder: FilePath, tensors: Mapping[str, Readable], config: Mapping[str, Any], shard_bytes: int
 ) -> list[str]:
-    """Write weights and config; return the names of the files of weights.
+    """Write weights and config, and return the names of the weight files.
 
     Raises:
-        ConfigError: the disk has no room.
+        ConfigError: The disk is full.
     """
     size, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder).free
     if size > free:
         raise ConfigError(
-            f"--out: {size / 1e9:.1f} GB are to be written to {folder.parent}, {free / 1e9:.1f} GB"
-            " are free"
+            f"--out: {folder.parent} needs {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free"
         )
     files = safetensors_writing.write_model(folder, tensors, shard_bytes)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -342,14 +335,13 @@ def write(
 def copy_files(
     base: FilePath | None, adapter: FilePath, folder: FilePath, settings: Settings
 ) -> None:
-    """Copy the tokenizer's files, those that lie with the adapter in place of the base's, and the
-    generation config.
+    """Copy the tokenizer from the adapter, or else from the base, and the generation config.
 
     Args:
-        base: the folder of the base, None where nothing of it is to be copied.
-        adapter: the folder of the adapter.
-        folder: where to.
-        settings: of the run: the token that ended an answer ends one here.
+        base: folder of the base; None to copy nothing from it.
+        adapter: folder of the adapter.
+        folder: destination folder.
+        settings: settings of the run; their end-of-answer token is added to the generation config.
     """
     tokenizer = adapter if base is None or (adapter / "tokenizer_config.json").is_file() else base
     wanted = [file for pattern in _TOKENIZER for file in tokenizer.glob(pattern)]
@@ -363,9 +355,7 @@ def copy_files(
 
 
 def _write_generation_config(base: FilePath, folder: FilePath, end: int | None) -> None:
-    """Write the base's `generation_config.json`, which ends an answer where the answers that were
-    trained on end.
-    """
+    """Write the base's `generation_config.json`, with the end-of-answer token of training added."""
     file, ends = base / GENERATION, read_json(folder / "config.json").get("eos_token_id")
     content = read_json(file) if file.is_file() else {}
     ends = content.get("eos_token_id", ends)

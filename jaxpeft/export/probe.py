@@ -1,6 +1,4 @@
-"""The probe batch: random tokens on which the logits of what was written are compared with those of
-what it was made from.
-"""
+"""The probe batch: random tokens on which the logits of the exported model are checked."""
 
 from __future__ import annotations
 
@@ -18,30 +16,29 @@ from jaxpeft.forward import apply
 from jaxpeft.models.base import Pretrained
 
 TOLERANCE = 1e-4
-"""The largest difference of logits that float32 may make, for logits up to 1; relative to the
-largest one above that.
+"""The largest allowed difference of float32 logits: absolute for logits up to 1, else relative to
+the largest one.
 """
 ROWS, LENGTH = 4, 16
 _SEED = 0
 
 
 def logits(model: Pretrained, params: Tree, method: Method | None = None) -> np.ndarray[Any, Any]:
-    """Compute the logits of the probe batch, or the hidden states of an encoder, at its real
-    tokens.
+    """Compute the logits (or an encoder's hidden states) of the probe batch, without padding.
 
-    The batch holds random tokens of the vocabulary, the last ones among them, where new tokens are;
-    its rows differ in length.
+    The batch consists of random tokens and the last ones of the vocabulary, which may be new. Its
+    rows differ in length.
 
     Args:
-        model: what is probed; its activations are float32.
-        params: adapted or plain.
-        method: that adapts them, which may need places in front of the tokens.
+        model: the model, with float32 activations.
+        params: its parameters, adapted or plain.
+        method: the method that adapts them, which may use virtual tokens.
     """
     rng = np.random.default_rng(_SEED)
     virtual = training_hooks.virtual_positions(method) if method else 0
     roberta = getattr(model.config, "kind", None) == "roberta"
-    behind = model.config.pad_token_id + 1 if roberta else 0  # where its positions begin
-    length = max(1, min(LENGTH, model.config.max_position_embeddings - virtual - behind))
+    offset = model.config.pad_token_id + 1 if roberta else 0  # RoBERTa's first position id
+    length = max(1, min(LENGTH, model.config.max_position_embeddings - virtual - offset))
     ids = rng.integers(0, model.config.vocab_size, (ROWS, length)).astype(np.int32)
     ids[0, -2:] = model.config.vocab_size - np.arange(1, 1 + min(2, length))
     mask = (
@@ -61,19 +58,19 @@ def _program(model: Pretrained) -> Any:
 
 
 def gap_of(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
-    """Return the largest difference of two arrays of logits."""
+    """Return the largest absolute difference of two arrays of logits."""
     return float(np.abs(found - wanted).max()) if found.shape == wanted.shape else float("inf")
 
 
 def require_equal(gap: float, wanted: np.ndarray[Any, Any], tolerance: float, what: str) -> None:
-    """Refuse logits that differ.
+    """Raise an error if logits differ.
 
     Raises:
-        ExportError: saying by how much.
+        ExportError: They differ by more than the tolerance; it says by how much.
     """
     most = tolerance * max(1.0, float(np.abs(wanted).max()))
-    if not gap <= most:  # a NaN as well
+    if not gap <= most:  # also true for NaN
         raise ExportError(
             f"{what}: logits differ by {gap:.2g} on the probe batch, at most {most:.2g} is allowed;"
-            " nothing was kept"
+            " the output was removed"
         )

@@ -1,6 +1,4 @@
-"""What an export is asked for, what the adapter says of itself, and what is refused before a weight
-is read.
-"""
+"""The request of an export, the adapter's metadata, and the checks before weights are read."""
 
 from __future__ import annotations
 
@@ -54,19 +52,19 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What is to be exported, and how.
+    """The request of an export.
 
     Attributes:
         adapter: folder of the adapter.
         to: `peft`, `merged` or `merged_quantized_reference`.
-        out: the folder to write; it must not be there, or be empty.
-        base: folder or hub id of the base; None for the one that the adapter names.
-        dtype: of merged weights; None for that of each of the base's.
-        task: of an adapter that says none.
-        pooling: what a sequence classifier reads; None for what the adapter says.
-        vocab_size: of a base that tokens were added to; None for what the adapter says.
-        allow_base: whether the base may be another one than the adapter was trained on.
-        shard_bytes: the most bytes of tensors in a file of merged weights.
+        out: output folder, which must not exist or be empty.
+        base: folder or hub id of the base; None for the one recorded in the adapter.
+        dtype: dtype of merged weights; None for the dtypes of the base.
+        task: task, if the adapter does not record it.
+        pooling: the sequence classifier's input; None for the adapter's.
+        vocab_size: number of tokens with added ones; None for the adapter's.
+        allow_base: whether to accept a different base than the adapter was trained on.
+        shard_bytes: maximum size of the tensors in a file of merged weights.
     """
 
     adapter: Path
@@ -83,13 +81,13 @@ class ExportRequest:
 
 @dataclass(frozen=True)
 class AdapterFolder:
-    """What an adapter folder says of itself.
+    """The metadata of an adapter folder.
 
     Attributes:
-        folder: of the adapter.
-        parts: the folders of the methods that it is made of; itself, if it is of one.
-        config: `adapter_config.json`, of the first.
-        settings: of the run, of the first; empty where the adapter is not jaxpeft's.
+        folder: folder of the adapter.
+        parts: folders of the parts of a mixed adapter; otherwise the folder itself.
+        config: `adapter_config.json` of the first part.
+        settings: settings of the run, of the first part; empty if jaxpeft did not save the adapter.
     """
 
     folder: Path
@@ -99,9 +97,7 @@ class AdapterFolder:
 
     @property
     def base(self) -> str:
-        """Name of its base, empty where it says none; `package:NAME` for the folder that a package
-        holds.
-        """
+        """Name of its base, empty if not recorded; `package:NAME` for a packaged model's folder."""
         name = str(
             self.config.get("base_model_name_or_path") or self.config.get("model_name") or ""
         )
@@ -109,7 +105,7 @@ class AdapterFolder:
 
     @property
     def sha256(self) -> str:
-        """Its identity: its numbers and options, not what its base is called."""
+        """The hash of its tensors and options, but not of its base's name."""
         digests: list[str] = []
         for part in self.parts:
             options = {
@@ -125,10 +121,10 @@ class AdapterFolder:
 
 
 def read_adapter(folder: Path) -> AdapterFolder:
-    """Read what an adapter folder says of itself; no tensor is read.
+    """Read the metadata of an adapter folder, without its tensors.
 
     Raises:
-        AdapterError: it is no adapter folder, or a file of it is missing or a pickle.
+        AdapterError: It is not an adapter folder, or one of its files is missing or a pickle.
     """
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such adapter folder")
@@ -143,25 +139,25 @@ def read_adapter(folder: Path) -> AdapterFolder:
 
 
 def require_free(out: Path) -> None:
-    """Refuse a folder that holds something.
+    """Raise an error if the output folder is not empty.
 
     Raises:
-        ConfigError: naming it.
+        ConfigError: It is not empty, or is a file.
     """
     if out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"--out {out}: is not empty; give a new folder")
+        raise ConfigError(f"--out {out}: is not empty; choose a new folder")
     if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out}: is a file; give a new folder")
+        raise ConfigError(f"--out {out}: is a file; choose a new folder")
 
 
 def quant_of(request: ExportRequest, adapter: AdapterFolder, outline: Outline) -> Quant | None:
-    """Return how the base is to be rounded: as the one that the adapter was trained on, if that is
-    asked for; None for not at all.
+    """Return the quantization to which the base is rounded, or None if it is not rounded.
 
-    A base that is quantized in its files is not rounded again.
+    A base that is already quantized in its files is not rounded again.
 
     Raises:
-        ConfigError: it is asked for, and there is none; or it is not of this version.
+        ConfigError: Rounding is requested, but the adapter's base was not quantized, or its
+            quantization is unknown to this version.
     """
     if outline.plan.held:
         return None
@@ -169,36 +165,35 @@ def quant_of(request: ExportRequest, adapter: AdapterFolder, outline: Outline) -
     quant = None if recorded is None else read_quant(recorded, adapter.folder / EXTRA)
     if request.to == "merged_quantized_reference" and quant is None:
         raise ConfigError(
-            f"--to {request.to}: {adapter.folder} was trained on a base that is not quantized"
-            f" ({EXTRA} names no quant), so there is nothing to round; use --to merged"
+            f"--to {request.to}: {adapter.folder} was trained on an unquantized base ({EXTRA} has"
+            " no quant), so there is nothing to round; use --to merged"
         )
     if request.to == "merged" and quant is not None:
         _log.warning(
-            "the adapter was trained on a base rounded to %s, and is merged into the one that is"
-            " not rounded; --to merged_quantized_reference gives what it was trained with",
+            "the adapter was trained on a base quantized to %s, but is merged into the unquantized"
+            " one; use --to merged_quantized_reference to merge into the weights it was trained on",
             quant.form,
         )
     return quant if request.to == "merged_quantized_reference" else None
 
 
 def outline_of(request: ExportRequest, adapter: AdapterFolder) -> Outline:
-    """Find the base, and everything about it but its numbers; activations are float32, so that
-    weights alone differ.
+    """Return the outline of the base, with float32 activations so that only weights are rounded.
 
     Raises:
-        ConfigError: neither the request nor the adapter says base or task.
-        WeightsError: the base cannot be used.
+        ConfigError: The base or the task is unknown.
+        WeightsError: The base cannot be used.
     """
-    where, named = adapter.parts[0] / CONFIG, request.base or adapter.base
-    if not named:
+    where, name = adapter.parts[0] / CONFIG, request.base or adapter.base
+    if not name:
         raise ConfigError(
-            f"--base: is not given, and {where} names no base model; give its folder or hub id"
+            f"--base: is required, since {where} names no base model; set its folder or hub id"
         )
-    local = named.startswith("package:") or Path(named).expanduser().is_dir()
+    local = name.startswith("package:") or Path(name).expanduser().is_dir()
     revision = None if request.base or local else adapter.config.get("revision")
     task: Any = _task(request, adapter)
     try:
-        asked = ModelRequest(
+        model_request = ModelRequest(
             task,
             _labels(adapter, task),
             compute_dtype=jnp.float32,
@@ -207,14 +202,10 @@ def outline_of(request: ExportRequest, adapter: AdapterFolder) -> Outline:
             or adapter.settings.vocab_size
             or _rows(adapter, _EMBEDDING),
         )
-        return loading.outline(named, asked, revision)
+        return loading.outline(name, model_request, revision)
     except WeightsError as error:
-        told = (
-            ()
-            if request.base
-            else (f"this is the base that {where} names; --base gives another place for it",)
-        )
-        raise WeightsError([*error.problems, *told]) from error
+        hint = () if request.base else (f"this base is named in {where}; set its path with --base",)
+        raise WeightsError([*error.problems, *hint]) from error
 
 
 def _task(request: ExportRequest, adapter: AdapterFolder) -> str:
@@ -225,30 +216,28 @@ def _task(request: ExportRequest, adapter: AdapterFolder) -> str:
             f"{adapter.parts[0] / CONFIG}: task_type {kind!r} is not supported (supported:"
             f" {', '.join(tasks)})"
         )
-    said = adapter.settings.task or (tasks[kind] if kind else None)
-    if request.task and said and request.task != said:
+    recorded = adapter.settings.task or (tasks[kind] if kind else None)
+    if request.task and recorded and request.task != recorded:
         raise ConfigError(
-            f"--task: is {request.task}, the adapter was trained for {said}; leave it out"
+            f"--task: is {request.task}, but the adapter was trained for {recorded}; omit it"
         )
-    if not (request.task or said):
+    if not (request.task or recorded):
         raise ConfigError(
-            f"--task: is not given, and {adapter.parts[0] / CONFIG} names no task_type; give one of"
+            f"--task: is required, since {adapter.parts[0] / CONFIG} has no task_type; use one of"
             f" {', '.join(tasks.values())}"
         )
-    return str(request.task or said)
+    return str(request.task or recorded)
 
 
 def _labels(adapter: AdapterFolder, task: str) -> int | None:
-    """Return the number of labels that the adapter says, or that its head has; None for what the
-    base says.
-    """
+    """Return the number of labels in the adapter's settings or head; None for the base's."""
     if adapter.settings.task or "classification" not in task:
         return adapter.settings.num_labels
     return _rows(adapter, _HEAD)
 
 
 def _rows(adapter: AdapterFolder, which: re.Pattern[str]) -> int | None:
-    """Return the number of rows of a tensor of the adapter, None where it holds no such tensor."""
+    """Return the number of rows of a tensor of the adapter; None if it does not exist."""
     header = read_header(adapter.parts[0] / layout_of(adapter.parts[0]).weights)
     found = [
         tensor.shape[0] for name, tensor in header.items() if which.search(name) and tensor.shape
@@ -257,10 +246,10 @@ def _rows(adapter: AdapterFolder, which: re.Pattern[str]) -> int | None:
 
 
 def require_mergeable(adapter: AdapterFolder) -> None:
-    """Refuse what cannot be merged before a weight is read.
+    """Raise an error if the adapter's method cannot be merged.
 
     Raises:
-        ConfigError: saying which method it is, and what to do.
+        ConfigError: It cannot be merged; the message names the method and an alternative.
     """
     for part in adapter.parts:
         kind = peft_config.method_of(read_json(part / CONFIG))
@@ -270,13 +259,13 @@ def require_mergeable(adapter: AdapterFolder) -> None:
             )
         if kind is not None and not can_fold(kind):
             raise ConfigError(
-                f"{part}: {kind.name} cannot be merged: no plain weights compute what it does; keep"
-                " the adapter beside its base, as --to peft writes it"
+                f"{part}: {kind.name} cannot be merged: its computation cannot be expressed by"
+                " plain weights; keep the adapter separate with --to peft"
             )
 
 
 def reads_elsewhere(model: Pretrained) -> bool:
-    """Return whether a classifier reads what that of `transformers` does not."""
+    """Return whether a classifier pools differently than `transformers`."""
     return model.options.task == "sequence_classification" and model.options.pooling not in (
         None,
         model.config.own_pooling,
@@ -284,10 +273,10 @@ def reads_elsewhere(model: Pretrained) -> bool:
 
 
 def require_same_elsewhere(request: ExportRequest, outline: Outline) -> None:
-    """Refuse a whole model that `transformers` would compute other logits with.
+    """Raise an error if `transformers` would compute different logits with the merged model.
 
     Raises:
-        ConfigError: saying what the classifier reads, and what works.
+        ConfigError: The pooling differs; the message names both and an alternative.
     """
     model = outline.model
     if reads_elsewhere(model):
@@ -297,28 +286,30 @@ def require_same_elsewhere(request: ExportRequest, outline: Outline) -> None:
             outline.config["model_type"],
         )
         raise ConfigError(
-            f"--to {request.to}: the classifier reads pooling={how!r}, and that of transformers"
-            f" reads {own!r} of a {kind}: from the same weights it would compute other labels; use"
-            f" --to peft, whose folder jaxpeft.load(..., pooling={how!r}) and jaxpeft.load_adapter"
-            f" compute, or train with model.pooling={own!r}"
+            f"--to {request.to}: the classifier uses pooling={how!r}, but transformers uses"
+            f" {own!r} for {kind}, so its labels would differ; use --to peft, and load the folder"
+            f" with jaxpeft.load(..., pooling={how!r}) and jaxpeft.load_adapter, or train with"
+            f" model.pooling={own!r}"
         )
 
 
 def require_unmerged(adapter: AdapterFolder, outline: Outline) -> None:
-    """Refuse a base that the adapter is merged into already, and say where the base is not known to
-    be the adapter's.
+    """Raise an error if the adapter is already merged into the base, and log if the base is not
+    known to be the adapter's.
 
     Raises:
-        AdapterError: naming the base.
+        AdapterError: It is already merged.
     """
     folder = outline.model.source.folder
     for record in records(folder):
         if record.get("adapter", {}).get("sha256") == adapter.sha256:
             raise AdapterError(
-                f"{folder}: {MERGE} says that this adapter is merged into it already; give the base"
-                " that it was trained on"
+                f"{folder}: according to {MERGE}, this adapter is already merged into it; use the"
+                " base that it was trained on"
             )
     if not adapter.settings.base_sha256:
         _log.warning(
-            "%s: says no base_sha256; that %s is its base is not checked", adapter.folder, folder
+            "%s: has no base_sha256, so whether %s is its base is not checked",
+            adapter.folder,
+            folder,
         )

@@ -1,4 +1,4 @@
-"""The classes of a base's own head: their names and order, as `config.json` has them."""
+"""The labels of a checkpoint's own classification head, as given in its `config.json`."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ _PLACEHOLDER = re.compile(r"LABEL_\d+")
 
 @dataclass(frozen=True)
 class BaseHead:
-    """A head that is loaded where a run has as many classes.
+    """The classification head of a checkpoint.
+
+    A run loads it if it has the same number of classes.
 
     Attributes:
-        names: of its classes by id; empty where the file only counts them.
-        size: how many outputs it has.
-        problem: what it was trained for, None where the file does not say.
-        file: the `config.json`.
+        names: label names by id; empty if the file has none.
+        size: number of outputs.
+        problem: problem type it was trained for; None if the file does not say.
+        file: path of the `config.json`.
     """
 
     names: tuple[str, ...]
@@ -43,15 +45,17 @@ class BaseHead:
 
 
 def read_head(source: Source, task: str) -> BaseHead | None:
-    """Read what a base says of its head; None where it has none for this task.
+    """Return the checkpoint's head for a task, or None if it has no such head.
 
     Raises:
-        WeightsError: the files cannot be read, or `id2label` and `label2id` contradict each other.
+        WeightsError: The files cannot be read, or `id2label` and `label2id` contradict each other.
     """
     file = source.folder / "config.json"
     config = read_json(file)
-    wanted, own = _ARCHITECTURES.get(task), config.get("architectures") or ()
-    if wanted is None or (own and not any(str(name).endswith(wanted) for name in own)):
+    suffix, architectures = _ARCHITECTURES.get(task), config.get("architectures") or ()
+    if suffix is None or (
+        architectures and not any(str(name).endswith(suffix) for name in architectures)
+    ):
         return None
     outputs = [
         tensor for name, tensor in open_folder(source.folder).items() if _OUTPUT.fullmatch(name)
@@ -69,15 +73,14 @@ def read_head(source: Source, task: str) -> BaseHead | None:
 
 
 def _names(config: Mapping[str, Any], file: str) -> tuple[str, ...]:
-    """Return the names by id, empty where `LABEL_0` and so on stand for none."""
+    """Return the label names by id; empty if they are only placeholders such as `LABEL_0`."""
     by_id, by_name = (
         _ids(config.get("id2label"), flipped=False),
         _ids(config.get("label2id"), flipped=True),
     )
     if by_id and by_name and by_id != by_name and set(by_id.values()) == set(by_name.values()):
         raise WeightsError(
-            f"{file}: id2label and label2id give the classes different ids; fix the one that is"
-            " wrong"
+            f"{file}: id2label and label2id give the classes different ids; fix the wrong one"
         )
     found = by_id or by_name
     names = tuple(found[i] for i in sorted(found))
@@ -85,12 +88,12 @@ def _names(config: Mapping[str, Any], file: str) -> tuple[str, ...]:
     return names if numbered and not all(map(_PLACEHOLDER.fullmatch, names)) else ()
 
 
-def _ids(named: Any, *, flipped: bool) -> dict[int, str]:
-    """Return the name of each id, empty where some id is no whole number."""
-    if not isinstance(named, Mapping):
+def _ids(mapping: Any, *, flipped: bool) -> dict[int, str]:
+    """Return the label name of each id; empty if an id is not an integer."""
+    if not isinstance(mapping, Mapping):
         return {}
     pairs: list[tuple[Any, Any]] = [
-        (value, key) if flipped else (key, value) for key, value in named.items()
+        (value, key) if flipped else (key, value) for key, value in mapping.items()
     ]
-    whole = all(re.fullmatch(r"[0-9]{1,9}", str(number)) for number, _ in pairs)
-    return {int(number): str(name) for number, name in pairs} if whole else {}
+    valid = all(re.fullmatch(r"[0-9]{1,9}", str(number)) for number, _ in pairs)
+    return {int(number): str(name) for number, name in pairs} if valid else {}

@@ -1,9 +1,8 @@
-"""What makes two bases the same base: their weights, and the architecture that `config.json`
-describes.
+"""The identity of a base model: its weights, and the architecture that `config.json` describes.
 
-How `config.json` is spelled, which tensor lies in which file, and whether names have the backbone's
-prefix, makes no difference; nor do tensors that no task of the architecture reads, and the copy of
-an embedding that is the head as well.
+The identity does not depend on the spelling of `config.json`, on how tensors are split into files,
+on the backbone's prefix in their names, on tensors that no task of the architecture reads, or on a
+second copy of a tied embedding.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ def architecture(source: Source) -> dict[str, Any]:
     """Return the architecture that a model's `config.json` describes, as plain values.
 
     Raises:
-        ConfigError: it is not supported.
+        ConfigError: The architecture is not supported.
     """
     file = source.folder / "config.json"
     parsed = models.build(read_json(file), ModelOptions("encoder", None, None), str(file)).config
@@ -49,9 +48,8 @@ def fingerprint(
 
     Args:
         source: the model.
-        share: where several processes hash the files in turns: gives the lines of all of them from
-            those of this one.
-        part: of the files, sorted, those that this process hashes.
+        share: gathers the lines of all processes, if several processes share the hashing.
+        part: slice of the sorted files that this process hashes.
     """
     if source.sha256 is not None:
         return source.sha256
@@ -67,7 +65,7 @@ def fingerprint(
 
 
 def _line(line: str, family: Family, tied: bool) -> str | None:
-    """Return a tensor's line as it is hashed; None for one that is nothing to the base."""
+    """Return the line that is hashed for a tensor; None for a tensor that is not in the base."""
     name, found = line.rsplit(" ", 1)
     plain = plain_name(name, family)
     unread = any(re.fullmatch(pattern, plain) for pattern in family.ignored)
@@ -77,9 +75,7 @@ def _line(line: str, family: Family, tied: bool) -> str | None:
 
 
 def earlier_fingerprint(source: Source) -> str:
-    """Return the identity that version 1.0 wrote: of the fields of `config.json` as they stand, and
-    of whole files.
-    """
+    """Return the identity as version 1.0 wrote it: a hash of `config.json` and the weight files."""
     config = {
         k: v for k, v in read_json(source.folder / "config.json").items() if k not in _NOT_THE_MODEL
     }
@@ -90,27 +86,27 @@ def earlier_fingerprint(source: Source) -> str:
 
 
 def weight_files(source: Source) -> list[Path]:
-    """List the files that hold a model's weights, sorted."""
+    """Return the sorted weight files of a model."""
     return sorted({tensor.file for tensor in open_folder(source.folder).values()})
 
 
 def differences(
     recorded: str, config: Mapping[str, Any] | None, source: Source, task: str
 ) -> list[str]:
-    """List in what a base is not the one that an adapter was trained on; empty where it is.
+    """List the differences between a base and the one that an adapter was trained on.
 
     Args:
-        recorded: the SHA-256 that the adapter names.
-        config: the architecture that it names; None where an earlier version wrote it, which hashed
-            both in one.
+        recorded: SHA-256 recorded in the adapter.
+        config: architecture recorded in the adapter; None for an earlier version's adapter, whose
+            hash includes it.
         source: the base.
-        task: of the adapter.
+        task: task of the adapter.
     """
     if config is None:
         same = recorded == earlier_fingerprint(source)
         hint = (
-            "an earlier version of jaxpeft saved the adapter, and took a base under another"
-            " config.json or in other files for another"
+            "an earlier version of jaxpeft saved the adapter; its hash also depends on the spelling"
+            " of config.json and on the weight files"
         )
         return [] if same else [f"base_sha256 is {recorded[:12]}..., and {hint}"]
     own = fingerprint(source)
@@ -128,14 +124,12 @@ def differences(
 
 
 def _computing_fields(config: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """Return the fields that decide what a trained model computes for a task; those of the rope one
-    by one.
-    """
+    """Return the config fields that affect what a model computes for a task, rope's flattened."""
     rope: Any = config.get("rope")
     unused = {name for name in config if name.endswith("_dropout")} | {"classifier_bias", "rope"}
     if isinstance(
         rope, Mapping
-    ):  # a decoder, which has no table of positions, and reads padding in a classifier alone
+    ):  # a decoder: no position embeddings, and only its classifier depends on the padding token
         unused |= set() if rope.get("kind") == "dynamic" else {"max_position_embeddings"}
         unused |= set() if task == "sequence_classification" else {"pad_token_id"}
     kept = {name: value for name, value in config.items() if name not in unused}

@@ -1,8 +1,7 @@
-"""What a checkpoint says of a model beside the architecture: which leaves it holds, in which
-dtypes, and which of them quantized.
+"""Which leaves a checkpoint contains, in which dtypes, and which of them are quantized.
 
-Its tensors say so where they are at hand; a plan, which reads no more of a model than its
-`config.json`, takes the word of that.
+`SafetensorsCheckpoint` reads this from the tensors; `DescribedCheckpoint`, which a plan uses, from
+`config.json` alone.
 """
 
 from __future__ import annotations
@@ -27,13 +26,13 @@ from jaxpeft.quant.quantize import Quant
 
 @dataclass(frozen=True)
 class SafetensorsCheckpoint:
-    """A checkpoint whose tensors are at hand.
+    """A checkpoint in a folder of safetensors files.
 
     Attributes:
         source: its folder.
         config: the content of its `config.json`.
-        tensors: by name; nothing of their data is read yet.
-        meter: counts what is read of it.
+        tensors: the tensors by name; their data is not read yet.
+        meter: counts the bytes read from it.
     """
 
     source: Source
@@ -46,32 +45,32 @@ class SafetensorsCheckpoint:
         """Return the checkpoint in a folder.
 
         Raises:
-            WeightsError: a file is missing, or is not safetensors.
+            WeightsError: A file is missing, or is not safetensors.
         """
         meter = Meter()
         return cls(source, config, bitsandbytes.gather(open_folder(source.folder, meter)), meter)
 
     @property
     def where(self) -> str:
-        """What to call `config.json` in messages."""
+        """The path of `config.json`, for messages."""
         return str(self.source.folder / "config.json")
 
     @property
     def dtype(self) -> Any:
-        """The dtype of the largest tensor, float32 in place of float64."""
+        """The dtype of the largest tensor; float32 instead of float64."""
         floats = [t for t in self.tensors.values() if jnp.issubdtype(t.dtype, jnp.floating)]
         own = max(floats, key=lambda t: t.nbytes).dtype if floats else jnp.dtype(jnp.float32)
         return jnp.dtype(jnp.float32) if own == np.float64 else own
 
     def holds(self, ending: str) -> bool:
-        """Return whether a tensor's name ends so."""
+        """Return whether the name of a tensor has this ending."""
         return any(name.endswith(ending) for name in self.tensors)
 
     def require_sizes(self, model: Pretrained, family: Family) -> None:
-        """Refuse a `config.json` of a larger model than the tensors are of.
+        """Raise an error if `config.json` describes a larger model than the tensors have.
 
         Raises:
-            WeightsError: listing each size.
+            WeightsError: Sizes are too large; it lists each of them.
         """
         leaf_tensors.require_sizes(model.config, self.tensors, family, self.where)
 
@@ -81,7 +80,7 @@ class SafetensorsCheckpoint:
         """Match the leaves of a model to the tensors.
 
         Raises:
-            WeightsError: listing every tensor that does not fit.
+            WeightsError: Tensors do not fit; it lists all of them.
         """
         tensors, folder = self.tensors, self.source.folder
         if request.task == "causal_lm" and model.config.tie_word_embeddings:
@@ -93,37 +92,38 @@ class SafetensorsCheckpoint:
     def quant(
         self, abstract: Tree, plan: leaf_tensors.WeightPlan, asked: Quant | None
     ) -> Quant | None:
-        """Return which kernels are quantized, and how: in the tensors, else as was asked.
+        """Return which kernels are quantized, and how: as in the checkpoint, else as requested.
 
         Raises:
-            WeightsError: `config.json` says that the tensors are quantized, and none is.
-            ConfigError: they are, and others are asked for.
+            WeightsError: `config.json` says that the tensors are quantized, but none is.
+            ConfigError: The checkpoint is quantized differently than requested.
         """
         if not plan.held and not self.config.get("quantization_config"):
             return asked
         folder = self.source.folder
         if not plan.held:
             raise WeightsError(
-                f"{folder}: quantization_config of config.json says that the weights are quantized,"
-                " and none is; remove it there, and give quant='nf4' to quantize them"
+                f"{folder}: config.json has a quantization_config, but no tensor is quantized;"
+                " remove it, and set quant='nf4' to quantize the weights"
             )
         found = Quant.of("nf4", abstract, plan.held.keys())
         if asked not in (None, Quant("nf4"), found):
             raise ConfigError(
-                f"quant: is {asked}, and {folder} is quantized already, as {found}; leave quant"
-                " out, or give the unquantized model"
+                f"quant: is {asked}, but {folder} is already quantized, as {found}; omit quant, or"
+                " use the unquantized model"
             )
         return found
 
 
 @dataclass(frozen=True)
 class DescribedCheckpoint:
-    """A checkpoint of which `config.json` alone is at hand: it holds what that says, in its dtype,
-    and no head of a classifier.
+    """A checkpoint described by its `config.json` alone.
+
+    It is assumed to contain every leaf in the dtype of `config.json`, but no classification head.
 
     Attributes:
         config: the content of its `config.json`.
-        meter: counts nothing.
+        meter: always 0, since nothing is read.
     """
 
     config: Mapping[str, Any]
@@ -133,10 +133,10 @@ class DescribedCheckpoint:
 
     @property
     def dtype(self) -> Any:
-        """The dtype that `config.json` names, float32 where it names none.
+        """The dtype given in `config.json`; float32 if there is none.
 
         Raises:
-            ConfigError: it is none of a base.
+            ConfigError: The dtype is not supported.
         """
         named = str(
             self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
@@ -148,16 +148,16 @@ class DescribedCheckpoint:
         return jnp.dtype(named)
 
     def holds(self, ending: str) -> bool:
-        """Return whether a tensor's name ends so: what the architecture has is there."""
+        """Return True: every tensor of the architecture is assumed to exist."""
         return True
 
     def require_sizes(self, model: Pretrained, family: Family) -> None:
-        """Refuse nothing: there are no tensors to compare with."""
+        """Do nothing: there are no tensors to compare with."""
 
     def plan(
         self, model: Pretrained, abstract: Tree, family: Family, request: ModelRequest
     ) -> leaf_tensors.WeightPlan:
-        """Return what the tensors of such a checkpoint would make."""
+        """Return the plan for a checkpoint that has every leaf."""
         dtype = request.dtype if request.dtype is not None else self.dtype
         return leaf_tensors.plan_without_tensors(
             abstract, dtype, new_head=request.task != "causal_lm"
@@ -166,9 +166,7 @@ class DescribedCheckpoint:
     def quant(
         self, abstract: Tree, plan: leaf_tensors.WeightPlan, asked: Quant | None
     ) -> Quant | None:
-        """Return which kernels are quantized: as was asked, else as `bitsandbytes` does it where
-        `config.json` says so.
-        """
+        """Return the requested quantization, else NF4 if `config.json` has a quantization."""
         return asked or (Quant("nf4") if self.config.get("quantization_config") else None)
 
 

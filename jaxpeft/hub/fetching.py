@@ -1,4 +1,4 @@
-"""How the base comes from where it lies to where a layer computes."""
+"""Moving the base's kernels from where they are stored to where a layer computes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _log = logging.getLogger(__name__)
 
 
 def require_host_memory(options: MeshConfig | Rules, mesh: Mesh) -> None:
-    """Refuse to offload where the devices have no such memory.
+    """Raise an error if offloading is requested but the devices cannot use host memory.
 
     Raises:
-        ConfigError: naming the memories that they have.
+        ConfigError: There is no host memory; it names the available memories.
     """
     if not options.offload:
         return
@@ -29,25 +29,24 @@ def require_host_memory(options: MeshConfig | Rules, mesh: Mesh) -> None:
     kinds = [memory.kind for memory in device.addressable_memories()]
     if HOST not in kinds:
         raise ConfigError(
-            f"mesh.offload: the devices ({device.device_kind}) have no memory of kind {HOST} (they"
-            f" have {', '.join(kinds)}); set it to False"
+            f"mesh.offload: the devices ({device.device_kind}) have no {HOST} memory (they have"
+            f" {', '.join(kinds)}); set it to False"
         )
 
 
 def fetch_kernels(model: Pretrained, found: Layout) -> Pretrained:
-    """Return a model whose layers bring their kernels to where they compute with them, each when it
-    is its turn.
+    """Return a model whose layers fetch their kernels one layer at a time.
 
-    Kernels that wait in the host's memory are fetched. The codes of quantized ones that lie along
-    `fsdp` are gathered before they are decoded: left to itself the partitioner gathers what they
-    are decoded to, four times as much of NF4.
+    Kernels in host memory are copied to the device. The codes of quantized kernels sharded along
+    `fsdp` are gathered before they are decoded; by default, XLA's partitioner would gather the
+    decoded kernels, which for NF4 are four times as large.
 
-    What the backward pass finds again must not be kept on the devices: with a remat of `none` it
-    would be all of them.
+    The fetched kernels must not be saved for the backward pass: without rematerialization, that
+    would be the entire base.
 
     Args:
-        model: of the run.
-        found: where the leaves of its base lie, as they are stored.
+        model: the model.
+        found: the layout of its base's stored leaves.
     """
     options = model.options
     waits = any(where.memory_kind == HOST for where in jax.tree.leaves(found.shardings))
@@ -55,8 +54,8 @@ def fetch_kernels(model: Pretrained, found: Layout) -> Pretrained:
     remat = "products" if options.remat == "none" and (waits or gathered) else options.remat
     if remat != options.remat:
         _log.info(
-            "remat %s instead of none: otherwise the backward pass would keep the fetched kernels,"
-            " which are the whole base",
+            "using remat=%s instead of none: otherwise the fetched kernels, the entire base, would"
+            " be saved for the backward pass",
             remat,
         )
     return model.clone(

@@ -60,45 +60,45 @@ def load(
     Args:
         path_or_hub_id: a folder with `config.json` and safetensors weights, a hub id, or
             `package:NAME`.
-        task: which head; `encoder` gives hidden states.
-        num_labels: of a classification head; None takes it from the labels in `config.json`.
-        dtype: of the base's leaves; None keeps the file's. A newly made head is float32.
-        compute_dtype: of the activations; None takes `dtype`, or the file's.
+        task: the task, which selects the head; `encoder` returns hidden states.
+        num_labels: number of labels of a classification head; None takes it from `config.json`.
+        dtype: dtype of the base's leaves; None keeps the checkpoint's. A new head is float32.
+        compute_dtype: dtype of the activations; None uses `dtype`, or the checkpoint's.
         scan_layers: whether the layers are stacked and scanned (faster to compile) or unrolled
             (faster to run).
-        pooling: what a sequence classifier reads: `pooler`, `cls`, `mean`, `last`; None takes the
+        pooling: the sequence classifier's input: `pooler`, `cls`, `mean`, `last`; None uses the
             architecture's own.
-        remat: what the backward pass computes again: `none`, `products`, `attention`, `full`,
+        remat: what the backward pass recomputes: `none`, `products`, `attention`, `full`,
             `offload`.
-        attention: the kernel that computes attention where it fits: `xla`, `cudnn`, `splash`;
-            `auto` takes the fastest of the platform.
-        revision: of a hub id: branch, tag or commit.
-        vocab_size: of the embedding and the language-model head, where tokens were added to the
-            tokenizer; the new rows begin as the mean of the others. None keeps the model's.
-        quant: `nf4`, `int4`, `int8`, `fp8`, or a `jaxpeft.Quant` that says which kernels: they are
-            quantized as they are read, one layer after the other, so that the model never exists as
-            a whole in more bits. Embeddings and heads stay as they are. A checkpoint that
-            `bitsandbytes` has quantized to NF4 is read as it is, with None or `nf4`.
-        seed: for the leaves of a newly made head.
-        sharding: a `jax.sharding.Sharding` for all leaves, or a function that gives that of each
-            leaf by its path, as it is stored (a quantized kernel as the leaves that hold it); None
-            for the first device. A process reads the parts of the files that its own devices hold,
-            and the numbers are the same on any of them.
-        mesh: the devices to shard the parameters over (`create_device_mesh`), in place of
+        attention: the attention kernel, used where it is applicable: `xla`, `cudnn`, `splash`;
+            `auto` selects the fastest one of the platform.
+        revision: branch, tag or commit of a hub id.
+        vocab_size: number of tokens of the embedding and the language-model head, if tokens were
+            added to the tokenizer; the new rows are initialized to the mean of the existing ones.
+            None keeps the model's.
+        quant: `nf4`, `int4`, `int8`, `fp8`, or a `jaxpeft.Quant` that selects kernels. They are
+            quantized layer by layer while they are read, so that the unquantized model is never in
+            memory. Embeddings and heads are not quantized. A checkpoint quantized to NF4 by
+            `bitsandbytes` is read as it is, with None or `nf4`.
+        seed: seed of a new head.
+        sharding: a `jax.sharding.Sharding` for all leaves, or a function from the path of a stored
+            leaf (a quantized kernel is stored as several) to its sharding; None for the first
+            device. Each process reads only its own devices' parts of the files, and the values do
+            not depend on the sharding.
+        mesh: device mesh to shard the parameters over (`create_device_mesh`), instead of
             `sharding`; the model then gathers what its layers need.
-        rules: which axes of the mesh each leaf lies along (`sharding_rules`); None replicates every
-            leaf.
-        cache: whether quantized kernels of more than a gigabyte are kept on disk, and read from
-            there the next time; the environment's `JAXPEFT_CACHE` says where, or `off`. Several
-            processes keep none.
+        rules: mesh axes that shard each leaf (`sharding_rules`); None replicates every leaf.
+        cache: whether quantized kernels of more than a gigabyte are cached on disk for the next
+            load, in the directory `JAXPEFT_CACHE` (`off` disables it). Not used with several
+            processes.
 
     Returns:
-        `(model, params)`; `model` records where it came from in `model.source`.
+        `(model, params)`; `model.source` records where the model came from.
 
     Raises:
-        WeightsError: files are missing, are not safetensors, or do not fit the model; all problems
-            at once.
-        ConfigError: the architecture, one of its switches, or the task is not supported.
+        WeightsError: Files are missing, are not safetensors, or do not fit the model; it lists all
+            problems.
+        ConfigError: The architecture, one of its switches, or the task is not supported.
     """
     request = ModelRequest(
         task,
@@ -113,11 +113,10 @@ def load(
         Quant(quant) if isinstance(quant, str) else quant,
     )
     if mesh is None and rules is not None:
-        raise ConfigError("rules: say nothing without a mesh; give load(mesh=...) as well")
+        raise ConfigError("rules: have no effect without a mesh; pass load(mesh=...) as well")
     if mesh is not None and sharding is not None:
         raise ConfigError(
-            "sharding: the mesh and its rules say where each leaf lies; give one of sharding and"
-            " mesh"
+            "sharding: the mesh and its rules already shard each leaf; pass either sharding or mesh"
         )
     outlined = outline(path_or_hub_id, request, revision)
     if mesh is None:
@@ -132,16 +131,16 @@ def load(
 
 @dataclass(frozen=True)
 class Outline:
-    """A pretrained model of which everything is known but the numbers.
+    """Everything about a pretrained model except its parameter values.
 
     Attributes:
         model: the Linen module.
-        abstract: shape and dtype of every leaf, as the module has them.
-        stored: the same as the checkpoint has them: they differ where tokens are added.
+        abstract: shape and dtype of every leaf in the module.
+        stored: shape and dtype of every leaf in the checkpoint; they differ if tokens are added.
         config: the content of `config.json`.
-        plan: where each leaf is to be read from.
-        quant: which kernels are quantized as they are read, and how; None for none.
-        meter: how many bytes of the checkpoint's tensors were read.
+        plan: where each leaf is read from.
+        quant: which kernels are quantized while they are read, and how; None for no quantization.
+        meter: counts the bytes read from the checkpoint's tensors.
     """
 
     model: Pretrained
@@ -155,11 +154,11 @@ class Outline:
     def read(
         self, seed: int = 0, sharding: shards.Places | None = None, *, cache: bool = True
     ) -> Tree:
-        """Read the numbers, slice by slice: see `load`.
+        """Read the parameters, slice by slice. See `load` for the arguments.
 
         Raises:
-            ConfigError: a sharding does not fit its leaf.
-            WeightsError: a file cannot be read.
+            ConfigError: A sharding does not fit its leaf.
+            WeightsError: A file cannot be read.
         """
         started = time.perf_counter()
         logs.show()
@@ -176,27 +175,23 @@ class Outline:
         return params
 
     def read_sharded(self, found: Layout, seed: int = 0, *, cache: bool = True) -> Tree:
-        """Read the numbers, each leaf to where it lies: see `load`.
+        """Read the parameters into their shards.
 
         Args:
-            found: where the leaves lie, as they are stored.
-            seed: for the leaves of a newly made head.
-            cache: as of `load`.
+            found: layout of the stored leaves.
+            seed: seed of a new head.
+            cache: see `load`.
         """
         log_dropped(found)
         return self.read(seed, by_path(found.shardings), cache=cache)
 
     @property
     def leaves(self) -> Tree:
-        """Shape and dtype of every leaf as `read` gives it: a quantized kernel as the leaves that
-        hold it.
-        """
+        """Shape and dtype of every leaf that `read` returns; quantized kernels have several."""
         return shards.leaves(self.abstract, self.plan, self.quant)
 
     def _cache_entry(self) -> quantized_cache.Entry | None:
-        """Return the place of the quantized kernels on disk; None where there are none, or the
-        files have them.
-        """
+        """Return the cache entry of the quantized kernels; None if nothing is quantized on load."""
         if self.quant is None or self.plan.held:
             return None
         return quantized_cache.entry(self.plan, self.quant, self.quant.sites(self.abstract))
@@ -205,18 +200,17 @@ class Outline:
 def outline(
     path_or_hub_id: str | FilePath, request: ModelRequest, revision: str | None = None
 ) -> Outline:
-    """Find out everything about a pretrained model but its numbers: what can be refused is, before
-    any is read.
+    """Check a pretrained model without reading its weights.
 
     Args:
-        path_or_hub_id: as of `load`.
-        request: what is asked of it.
-        revision: of a hub id.
+        path_or_hub_id: see `load`.
+        request: how the model is to be loaded.
+        revision: branch, tag or commit of a hub id.
 
     Raises:
-        WeightsError: files are missing, are not safetensors, or do not fit the model; all problems
-            at once.
-        ConfigError: the architecture, one of its switches, or the task is not supported.
+        WeightsError: Files are missing, are not safetensors, or do not fit the model; it lists all
+            problems.
+        ConfigError: The architecture, one of its switches, or the task is not supported.
     """
     logs.show()
     source = sources.resolve(path_or_hub_id, revision)
@@ -226,13 +220,11 @@ def outline(
 
 
 def outline_of(request: ModelRequest, checkpoint: Checkpoint) -> Outline:
-    """Return the outline that a request makes of a checkpoint: of its tensors, or of its
-    `config.json` alone.
+    """Return the outline of a checkpoint loaded as requested.
 
     Raises:
-        WeightsError: the tensors do not fit the model.
-        ConfigError: something that is asked for is not supported, or does not go with the
-            checkpoint.
+        WeightsError: The tensors do not fit the model.
+        ConfigError: Part of the request is not supported, or does not fit the checkpoint.
     """
     config = checkpoint.config
     model = models.build(config, _options(request, checkpoint), checkpoint.where).clone(
@@ -251,14 +243,12 @@ def outline_of(request: ModelRequest, checkpoint: Checkpoint) -> Outline:
     quant = checkpoint.quant(abstract, plan, request.quant)
     model = model.clone(options=dataclasses.replace(model.options, quant=quant))
     found = Outline(model, abstract, abstract, config, plan, quant, checkpoint.meter)
-    sites = (
-        quant.sites(abstract) if quant else {}
-    )  # what does not fit is told before anything is read
+    sites = quant.sites(abstract) if quant else {}  # raises before anything is read
     return found if request.vocab_size in (None, own) else _grow(found, request.vocab_size, sites)
 
 
 def _options(request: ModelRequest, checkpoint: Checkpoint) -> ModelOptions:
-    """Return how the model is used, with what the request leaves open taken from the checkpoint."""
+    """Return the model options, with defaults for the request's open fields from the checkpoint."""
     labels = request.num_labels
     return ModelOptions(
         task=request.task,
@@ -277,7 +267,7 @@ def _grow(outlined: Outline, vocab_size: int, quantized: Mapping[Path, Site]) ->
     """Return the outline of the model with more tokens.
 
     Raises:
-        ConfigError: a kernel that is to be quantized would get more of them.
+        ConfigError: A kernel that is to be quantized would grow.
     """
     model, own = outlined.model, outlined.abstract
     grown = model.clone(config=dataclasses.replace(model.config, vocab_size=vocab_size))
@@ -288,8 +278,8 @@ def _grow(outlined: Outline, vocab_size: int, quantized: Mapping[Path, Site]) ->
     for path, leaf in paths.walk(wanted):
         if path in quantized and leaf.shape != paths.get(own, path).shape:
             raise ConfigError(
-                f"quant: {quantized[path].name} is to be quantized, and vocab_size={vocab_size}"
-                " gives it more tokens; exclude it"
+                f"quant: {quantized[path].name} is to be quantized, but vocab_size={vocab_size}"
+                " adds tokens to it; exclude it"
             )
     return dataclasses.replace(
         outlined, model=grown, abstract=wanted, plan=outlined.plan.grown(wanted)
@@ -297,44 +287,38 @@ def _grow(outlined: Outline, vocab_size: int, quantized: Mapping[Path, Site]) ->
 
 
 def _labels_of(config: Mapping[str, Any], task: str) -> int | None:
-    """Return the number of labels that `config.json` names, or transformers' default, 2."""
+    """Return the number of labels in `config.json`, or transformers' default of 2."""
     if task in ("causal_lm", "encoder"):
         return None
-    named: Any = config.get("id2label")
-    return len(named) if isinstance(named, dict) and named else config.get("num_labels", 2)
+    labels: Any = config.get("id2label")
+    return len(labels) if isinstance(labels, dict) and labels else config.get("num_labels", 2)
 
 
 def _pooling(task: str, checkpoint: Checkpoint) -> str | None:
-    """Return mean pooling for a checkpoint that lacks the pooler of its architecture: a random one
-    is nobody's wish.
-    """
+    """Return mean pooling if the checkpoint lacks the pooler of its architecture, else None."""
     family = models.FAMILIES.get(str(checkpoint.config.get("model_type")))
     needed = family.own_pooler if family and task == "sequence_classification" else None
     if needed is None or checkpoint.holds(needed):
         return None
-    _log.warning(
-        "the checkpoint has no pooler (%s); the classifier reads the mean over tokens", needed
-    )
+    _log.warning("the checkpoint has no pooler (%s); the classifier uses mean pooling", needed)
     return "mean"
 
 
 def _new_leaves(
     model: Pretrained, wanted: tuple[Path, ...], seed: int
 ) -> dict[Path, np.ndarray[Any, Any]]:
-    """Make the leaves of a new head whole, on one device of each process: the numbers do not depend
-    on how they are spread.
-    """
+    """Initialize the leaves of a new head, unsharded, so that they do not depend on the mesh."""
     if not wanted:
         return {}
     ids = np.zeros((1, 2), np.int32)
 
     @jax.jit
     def make(rng: jax.Array) -> list[jax.Array]:
-        made = model.init(rng, ids)["params"]
-        return [paths.get(made, path).astype(jnp.float32) for path in wanted]
+        params = model.init(rng, ids)["params"]
+        return [paths.get(params, path).astype(jnp.float32) for path in wanted]
 
-    made = make(jax.random.key(seed))
-    return {path: np.asarray(leaf) for path, leaf in zip(wanted, made, strict=True)}
+    leaves = make(jax.random.key(seed))
+    return {path: np.asarray(leaf) for path, leaf in zip(wanted, leaves, strict=True)}
 
 
 def _report(loaded: Outline, params: Tree, seconds: float) -> None:
@@ -362,16 +346,17 @@ def _report(loaded: Outline, params: Tree, seconds: float) -> None:
             for shard in leaf.addressable_shards
         )
         _log.info(
-            "this process read %.1f MB, its devices hold %.1f MB",
+            "this process read %.1f MB; its devices store %.1f MB",
             loaded.meter.bytes / 1e6,
             held / 1e6,
         )
     if plan.new:
         _log.info(
-            "newly made head: %s", ", ".join(sorted({paths.text(path[:-1]) for path in plan.new}))
+            "newly initialized head: %s",
+            ", ".join(sorted({paths.text(path[:-1]) for path in plan.new})),
         )
     if plan.replaced:
         _log.warning(
-            "the checkpoint's head is for another number of labels and was made newly: %s",
+            "the checkpoint's head has a different number of labels and was newly initialized: %s",
             ", ".join(plan.replaced),
         )

@@ -1,5 +1,5 @@
-"""`jaxpeft_merge.json`, beside a merged model: what was merged into what, and the SHA-256 of every
-tensor that was written.
+"""`jaxpeft_merge.json` of a merged model: which adapters were merged into which base, and the
+SHA-256 of every tensor.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ MERGE = "jaxpeft_merge.json"
 
 
 def records(folder: Path) -> list[Mapping[str, Any]]:
-    """List what is merged into a model, the last first.
+    """List the merges of a model, the latest first.
 
     Raises:
-        WeightsError: the record is not what it must be.
+        WeightsError: The record is malformed.
     """
     if not (folder / MERGE).is_file():
         return []
@@ -31,28 +31,26 @@ def records(folder: Path) -> list[Mapping[str, Any]]:
     found: list[Any] = [record, *earlier] if isinstance(earlier, list) else [None]
     if not all(isinstance(one, dict) and isinstance(one.get("adapter", {}), dict) for one in found):
         raise WeightsError(
-            f"{folder / MERGE}: adapter, earlier: must be an object and a list of such; copy the"
+            f"{folder / MERGE}: adapter must be an object and earlier a list of objects; copy the"
             " model again"
         )
     if not digests.is_record(recorded):
         raise WeightsError(
-            f"{folder / MERGE}: sha256: must hold the SHA-256 of every tensor by its name;"
-            f" {_UNCHECKED}"
+            f"{folder / MERGE}: sha256: must map every tensor's name to its SHA-256; {_UNCHECKED}"
         )
     return found
 
 
-_UNCHECKED = "remove 'sha256' there, and the tensors are no longer checked"
+_UNCHECKED = "remove 'sha256' to skip this check"
 
 
 def require_undamaged(folder: Path) -> None:
-    """Refuse the weights of a merged model that are not as they were written; those of any other
-    model are not looked at.
+    """Check the weights of a merged model against their recorded SHA-256.
 
-    Of several processes each looks at some of the files.
+    Several processes share the files between them. Other models have no record to check.
 
     Raises:
-        WeightsError: naming the tensors.
+        WeightsError: Tensors differ; it names them.
     """
     found = records(folder)
     recorded: Mapping[str, str] = found[0].get("sha256", {}) if found else {}
@@ -60,11 +58,11 @@ def require_undamaged(folder: Path) -> None:
         return
     where = {name: tensor.file for name, tensor in open_folder(folder).items()}
     own = sorted(set(where.values()))[jax.process_index() :: jax.process_count()]
-    there = {
-        name: found for file in own for name, found in digests.file_tensors_sha256(file).items()
+    actual = {
+        name: digest for file in own for name, digest in digests.file_tensors_sha256(file).items()
     }
     wanted = {name: digest for name, digest in recorded.items() if where.get(name) in (None, *own)}
-    wrong = digests.find_differing(wanted, there)
+    wrong = digests.find_differing(wanted, actual)
     fix = (
         f"copy the model again; if it was changed on purpose, remove 'sha256' from {folder / MERGE}"
     )

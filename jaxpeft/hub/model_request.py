@@ -1,4 +1,4 @@
-"""What is asked of a pretrained model."""
+"""How a pretrained model is to be loaded: `ModelRequest`."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ from jaxpeft.quant.quantize import Quant
 
 @dataclass(frozen=True)
 class ModelRequest:
-    """What is asked of a pretrained model: its head, and how it is stored and computes. The fields
-    are the arguments of `load`.
+    """How a pretrained model is to be loaded: the arguments of `load`.
 
     Attributes:
-        task: which head; `encoder` gives hidden states.
-        num_labels: of a classification head; None takes it from the labels in `config.json`.
-        dtype: of the base's leaves; None keeps the checkpoint's.
-        compute_dtype: of the activations; None takes `dtype`, or the checkpoint's.
+        task: the task, which selects the head; `encoder` returns hidden states.
+        num_labels: number of labels of a classification head; None takes it from `config.json`.
+        dtype: dtype of the base's leaves; None keeps the checkpoint's.
+        compute_dtype: dtype of the activations; None uses `dtype`, or the checkpoint's.
         scan_layers: whether the layers are stacked and scanned.
-        pooling: what a sequence classifier reads; None takes the architecture's own.
-        remat: what the backward pass computes again.
-        attention: the kernel that computes attention; `auto` takes the fastest of the platform.
-        vocab_size: of the embedding and the language-model head, where tokens were added; None
-            keeps the model's.
-        quant: which kernels are quantized as they are read, and how; None for none.
-        right_padded: whether rows are padded behind their tokens alone, of which a decoder's
-            attention then need not be told.
+        pooling: the sequence classifier's input; None uses the architecture's own.
+        remat: what the backward pass recomputes.
+        attention: the attention kernel; `auto` selects the fastest one of the platform.
+        vocab_size: number of tokens of the embedding and the language-model head, if tokens were
+            added; None keeps the model's.
+        quant: which kernels are quantized while they are read, and how; None for no quantization.
+        right_padded: whether rows are only padded on the right; a decoder's attention then needs
+            no padding mask.
 
     Raises:
-        ConfigError: a task, a dtype or a kernel of attention is none that is known.
+        ConfigError: The task, a dtype or the attention kernel is unknown.
     """
 
     task: Task
@@ -73,7 +72,7 @@ def _float_dtype(name: str, dtype: Any) -> Any:
     try:
         found = jnp.dtype(dtype)
     except TypeError:
-        raise ConfigError(f"{name}: {dtype!r} is no dtype; give {known}") from None
+        raise ConfigError(f"{name}: {dtype!r} is not a dtype; use {known}") from None
     if found.name not in DTYPES:
         raise ConfigError(f"{name}: must be {known}, is {found}")
     return found

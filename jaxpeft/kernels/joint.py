@@ -1,18 +1,17 @@
-r"""Linear sites that read the same input, each with a low-rank update or none, computed at once.
+r"""Joint computation of linear sites with the same input, with or without a low-rank update.
 
     h = x [A_1 ... A_n],    y_i = x W_i + h_i B_i
 
     dh_i = dy_i B_i',    dB_i = h_i' dy_i,    dA = (dh' x)',    dx = dh A' + sum_i dy_i W_i'
 
-Written out, rather than differentiated site by site, so that few passes over activations are left:
-the input is read once for all `A`, and once for all their gradients; what an update gives is
-written first, and the large product that follows adds itself to it as it ends, forward and
-backward, with nothing to read and to write again in between. Each large array is the operand that
-stays as it is, only narrow ones are transposed: on a CPU this alone makes a step of MiniLM 1.6
-times as fast (`python -m benchmarks.lora_cpu`).
+The gradient is written by hand rather than derived per site, to reduce passes over the activations:
+the input is read once for all `A` and once for all their gradients, and the low-rank update is
+written first so that the large product can accumulate into it, forward and backward. Only narrow
+arrays are transposed, never large ones: on a CPU this alone makes a step of MiniLM 1.6 times as
+fast (`python -m benchmarks.lora_cpu`).
 
-The kernels are not trained, or seldom: their gradient is made where it is asked for, and of a
-quantized one there is none.
+The gradient of a kernel, which is rarely trained, is computed only if it is used; quantized kernels
+have none.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ Leaves = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class LinearSite:
-    """One site of several that read the same input.
+    """One of several sites with the same input.
 
     Attributes:
-        stored: the leaves that hold its kernel.
-        factors: `A [in, r]` and `B [r, out]` of its update, the scaling in `B`; None without an
-            update.
+        stored: the leaves of its kernel.
+        factors: `A [in, r]` and `B [r, out]` of its update, with the scaling in `B`; None without
+            an update.
         bias: `[out]`, or None.
     """
 
@@ -46,25 +45,25 @@ class LinearSite:
 
 
 def products(x: Any, sites: Sequence[LinearSite]) -> tuple[Any, ...]:
-    """Compute `x W_i + x A_i B_i + bias_i` of each site.
+    """Compute `x W_i + x A_i B_i + bias_i` for each site.
 
     Args:
-        x: `[..., in]`, floating; the products are in its dtype, gradients of factors are summed in
-            theirs.
-        sites: at least one.
+        x: `[..., in]`, floating. The products have its dtype; gradients of factors are accumulated
+            in the factors' dtype.
+        sites: at least one site.
 
     Returns:
-        `[..., out]` of each, in the dtype of `x`.
+        `[..., out]` for each site, in the dtype of `x`.
     """
     forms = [kernels.FORMS[kernels.form_of(site.stored) or "kernel"] for site in sites]
 
     def forward(x: Any, stored: list[Leaves], factors: list[Any]) -> tuple[tuple[Any, ...], Any]:
         h = _narrow(x, factors)
-        made = [form.forward(x, leaves) for form, leaves in zip(forms, stored, strict=True)]
+        ys = [form.forward(x, leaves) for form, leaves in zip(forms, stored, strict=True)]
         for i, own in enumerate(factors):
             if own is not None:
-                made[i] = made[i] + _materialize(h[i] @ own[1].astype(x.dtype), [forms[i]])
-        return tuple(made), (x, h, stored, factors)
+                ys[i] = ys[i] + _materialize(h[i] @ own[1].astype(x.dtype), [forms[i]])
+        return tuple(ys), (x, h, stored, factors)
 
     def backward(saved: Any, dys: tuple[Any, ...]) -> tuple[Any, list[Any], list[Any]]:
         x, h, stored, factors = saved
@@ -95,22 +94,23 @@ def products(x: Any, sites: Sequence[LinearSite]) -> tuple[Any, ...]:
 
     run = jax.custom_vjp(lambda x, stored, factors: forward(x, stored, factors)[0])
     run.defvjp(forward, backward)
-    made = run(x, [dict(site.stored) for site in sites], [site.factors for site in sites])
+    outputs = run(x, [dict(site.stored) for site in sites], [site.factors for site in sites])
     return tuple(
         y if site.bias is None else y + site.bias.astype(y.dtype)
-        for y, site in zip(made, sites, strict=True)
+        for y, site in zip(outputs, sites, strict=True)
     )
 
 
 def _materialize(update: Any, forms: list[Any]) -> Any:
-    """Return an update that large products are added to; apart, where they cannot add themselves:
-    else it would add itself to them.
+    """Return an update for large products to accumulate into; behind a barrier if they cannot.
+
+    Without the barrier, XLA would accumulate the update into the large product instead.
     """
     return update if all(form.adds for form in forms) else jax.lax.optimization_barrier(update)
 
 
 def _narrow(x: Any, factors: list[Any]) -> list[Any]:
-    """Return `x A` of each site, None of one without an update: one product for all."""
+    """Return `x A` for each site, computed as one product; None for a site without an update."""
     from jax.ad_checkpoint import checkpoint_name
 
     adapted = [own[0] for own in factors if own is not None]
@@ -122,7 +122,7 @@ def _narrow(x: Any, factors: list[Any]) -> list[Any]:
 
 
 def _columns(matrices: list[Any]) -> list[slice]:
-    """Return where the columns of each matrix are, once they stand side by side."""
+    """Return the columns of each matrix in their concatenation."""
     ends = list(itertools.accumulate((matrix.shape[1] for matrix in matrices), initial=0))
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 

@@ -1,17 +1,16 @@
-r"""NF4: 4 bits a weight, which are quantiles of a normal distribution, with a scale for each block
-of 64, itself in 8 bits.
+r"""NF4: 4-bit quantiles of a normal distribution, with an 8-bit scale for each block of 64.
 
     W[i, o] = code[c[o, i]] * a[block],    a = dynamic[k[block]] * s[block of 256 blocks] + m
 
 `a` is the largest magnitude of a block, `m` the mean of all `a`, `s` the largest magnitude of `a -
-m` in 256 of them, and `dynamic` an 8-bit float with as many bits of exponent as it needs. Blocks
-run through the transposed kernel row by row, as `bitsandbytes` stores it: along the inputs, where
-64 divides them. In all 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight, 0.516 bytes. Codes are
-those of `bitsandbytes`; of scales in 8 bits about 0.2% are not those of its CPU program, which
-takes a neighbor: ours are the nearest. A block of zeros is decoded to zeros.
+m` in 256 blocks, and `dynamic` an 8-bit float with a variable number of exponent bits. Blocks run
+through the transposed kernel row by row, as in `bitsandbytes`: along the inputs if 64 divides them.
+The total is 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits per weight, 0.516 bytes. The codes equal
+those of `bitsandbytes`; about 0.2% of the 8-bit scales differ from its CPU implementation, which
+chooses a neighbor of the nearest value. A block of zeros is decoded to zeros.
 
-Where a checkpoint has the `a` themselves (no double quantization), `kernel_nf4_absmax` holds them
-in float32, with `s = 1` and `m = 0`, which changes none of them.
+If a checkpoint has unquantized `a` (no double quantization), `kernel_nf4_absmax` contains them in
+float32, with `s = 1` and `m = 0`.
 
 Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs", section 3 (arXiv:2305.14314);
 the 8-bit type is that of Dettmers et al. 2022, "8-bit Optimizers via Block-wise Quantization",
@@ -44,15 +43,16 @@ _BOUNDS = (
     0.1202552504837513, 0.2035212516784668, 0.2920137718319893, 0.3893125355243683,
     0.5016634166240692, 0.6427869200706482, 0.8614784181118011,
 )  # fmt: skip
-"""Between which codes a weight lies: the means of neighbors, rounded as `bitsandbytes` has them."""
+"""The boundaries between codes: the means of neighbors, rounded as in `bitsandbytes`."""
 
 _NAMES = ("kernel_nf4", "kernel_nf4_absmax", "kernel_nf4_absmax_scale", "kernel_nf4_absmax_mean")
 
 
 @functools.cache
 def dynamic() -> tuple[float, ...]:
-    """Return the 256 values of the 8-bit type, ascending: 7 magnitudes of ten, each with twice as
-    many steps as that below.
+    """Return the 256 values of the 8-bit type in ascending order.
+
+    There are 7 powers of ten, each with twice as many steps as the one below.
     """
     found = [0.0, 1.0]
     for exponent in range(7):
@@ -63,9 +63,7 @@ def dynamic() -> tuple[float, ...]:
 
 
 def _equal_steps(count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Return equal steps from 0.1 to 1, from both ends to the middle, each rounded once, as those
-    of torch are.
-    """
+    """Return equal steps from 0.1 to 1, computed from both ends with one rounding, as in torch."""
     first, last = np.float32(0.1), np.float32(1)
     step, places = float((last - first) / np.float32(count - 1)), np.arange(count)
     return np.where(
@@ -80,23 +78,23 @@ def store(
 
     Args:
         kernel: `[in, out]`, floating; `in` is even.
-        whole: makes a function compute on whole arrays on every device that holds a part of the
-            kernel; None where one holds all.
+        whole: wraps a function so that every device of a sharded kernel computes it on unsharded
+            arrays; None for a single device.
 
     Returns:
-        `kernel_nf4 [out, in / 2]` uint8, two codes a byte; `kernel_nf4_absmax` uint8, of each
-        block, `[out, in / 64]`, or `[blocks]` where 64 does not divide the inputs;
+        `kernel_nf4 [out, in / 2]` uint8, two codes per byte; `kernel_nf4_absmax` uint8, one per
+        block, `[out, in / 64]`, or `[blocks]` if 64 does not divide the inputs;
         `kernel_nf4_absmax_scale [blocks / 256]` and `kernel_nf4_absmax_mean []`, float32.
     """
     rows = kernel.astype(jnp.float32).T
-    # where blocks keep to rows they are an axis of their own, along which a kernel can be spread
+    # if blocks do not cross rows, they are a separate axis, along which a kernel can be sharded
     blocks = (
         rows.reshape(rows.shape[0], -1, BLOCK)
         if rows.shape[1] % BLOCK == 0
         else blocks_of(kernel.astype(jnp.float32))
     )
     absmax = jnp.max(jnp.abs(blocks), axis=-1)
-    # a block of zeros has the code of zero, whatever its scale is rounded to
+    # a block of zeros gets the code of zero, independent of its rounded scale
     scaled = (
         (blocks * (1 / jnp.where(absmax > 0, absmax, 1))[..., None])
         .reshape(-1)[: rows.size]
@@ -108,10 +106,10 @@ def store(
 
 
 def _twice(absmax: Any) -> tuple[Any, Any, Any]:
-    """Quantize the scales of all blocks `[blocks]`: their places, their own scales, and their mean.
+    """Quantize the scales of all blocks `[blocks]`; return their codes, their scales and the mean.
 
-    The barriers keep the sum apart from what comes before and behind it, which differs with how the
-    kernel is spread: compiled by itself it adds up in the same order.
+    The barriers isolate the sum from the surrounding program, which depends on the kernel's
+    sharding, so that the order of summation is always the same.
     """
     absmax = jax.lax.optimization_barrier(absmax)
     mean = jax.lax.optimization_barrier(jnp.mean(absmax))
@@ -122,9 +120,7 @@ def _twice(absmax: Any) -> tuple[Any, Any, Any]:
 
 
 def blocks_of(kernel: Any) -> Any:
-    """Return the blocks `[blocks, 64]` of a kernel `[in, out]`, the last of them filled up with
-    zeros.
-    """
+    """Return the blocks `[blocks, 64]` of a kernel `[in, out]`, the last one padded with zeros."""
     return _pad(kernel.T.reshape(-1), BLOCK)
 
 
@@ -133,7 +129,7 @@ def _pad(flat: Any, size: int) -> Any:
 
 
 def _nearest(values: Any) -> Any:
-    """Return the places of the nearest values of the 8-bit type, uint8."""
+    """Return the uint8 indices of the nearest values of the 8-bit type."""
     table = np.asarray(dynamic(), np.float32)
     return jnp.searchsorted(jnp.asarray((table[:-1] + table[1:]) / 2), values).astype(jnp.uint8)
 
@@ -152,7 +148,7 @@ def decode(leaves: Leaves, dtype: Any) -> Any:
         "kernel_nf4_absmax_mean"
     ]
     values = select(unpack(data), CODES, jnp.float32)
-    if places.ndim == 2:  # blocks keep to rows
+    if places.ndim == 2:  # blocks do not cross rows
         return (
             (values.reshape(*places.shape, BLOCK) * absmax[..., None])
             .reshape(values.shape)

@@ -1,4 +1,4 @@
-"""The methods, one file each. A new method is one file, and one line in `_ALL`."""
+"""The methods, one file each. A new method is one file and one line in `_ALL`."""
 
 from __future__ import annotations
 
@@ -84,11 +84,11 @@ METHODS: Mapping[str, type[Method]] = {method.name: method for method in _ALL}
 
 
 def read(values: Mapping[str, Any], where: str) -> tuple[Method | None, list[str]]:
-    """Make a method of plain values, of which `name` says which; find every problem at once.
+    """Make a method from plain values, with its class given by `name`; report all problems at once.
 
     Args:
-        values: as `as_dict` gives them.
-        where: what to call them in a message, such as `config.method`.
+        values: plain values, from `as_dict`.
+        where: their name in messages, such as `config.method`.
 
     Returns:
         `(method, [])`, or `(None, problems)`.
@@ -105,10 +105,10 @@ def read(values: Mapping[str, Any], where: str) -> tuple[Method | None, list[str
 
 
 def from_dict(values: Mapping[str, Any]) -> Method:
-    """Make the method whose `as_dict` gives these values.
+    """Return the method with these values; the inverse of `as_dict`.
 
     Raises:
-        ConfigError: there is no such method, or an option of it is wrong.
+        ConfigError: The method does not exist, or an option is invalid.
     """
     method, problems = read(values, "method")
     if method is None:
@@ -118,7 +118,7 @@ def from_dict(values: Mapping[str, Any]) -> Method:
 
 MARKERS: Mapping[str, type[Method]] = {
     (method.leaves.site or method.leaves.root)[0]: method
-    for method in reversed(_ALL)  # of methods that compute alike, such as LoRA's, the first
+    for method in reversed(_ALL)  # the first of methods with the same marker, such as LoRA
     if method.leaves.site or method.leaves.root
 }
-"""The method that computes a module which holds a marker leaf."""
+"""The method that computes a module with a given marker leaf."""

@@ -1,10 +1,10 @@
-r"""AdaLoRA: an update in the form of a singular value decomposition, whose rank is given to the
-sites where it counts most.
+r"""AdaLoRA: updates in the form of a singular value decomposition, with ranks allocated to the most
+important sites.
 
     y = x W + s (D(x) A diag(e)) B,    A: [in, r],  e: [r],  B: [r, out],  s = alpha / (r + 1e-5)
 
 In the paper's words A is Q', e is Lambda and B is P' (equation 3). `e` starts at zero, so a fresh
-adapter leaves every output as it was; `D` is dropout. The loss is raised by `orthogonality` times
+adapter does not change any output; `D` is dropout. The loss is raised by `orthogonality` times
 the mean of ||A'A - I|| and ||B B' - I|| over the sites (equation 4). r stays in `s` what it was at
 first, however many entries of `e` are left.
 
@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdaLoRAFormat(TargetedFormat["AdaLoRA"]):
-    """How adapters of `AdaLoRA` stand in files."""
+    """The file format of `AdaLoRA` adapters."""
 
     def pack(self, method: AdaLoRA, site: Site, leaves: Leaves) -> dict[str, Any]:
-        """Return the tensors, as PEFT has them."""
+        """Return the tensors in PEFT's format."""
         left = method.rank_pattern.get(site.name, method.rank)
         a, e, b = (leaves[name] for name in ("adalora_a", "adalora_e", "adalora_b"))
         return {"lora_A": a.T[:left], "lora_E": e[:left, None], "lora_B": b.T[:, :left]}
@@ -57,9 +57,7 @@ class AdaLoRAFormat(TargetedFormat["AdaLoRA"]):
         return {**fresh, "adalora_a": a, "adalora_e": e, "adalora_b": b}
 
     def write_options(self, method: AdaLoRA) -> dict[str, Any]:
-        """Return the options; PEFT wants a number of steps that its schedule fits in, and reads
-        none from it.
-        """
+        """Return the options; PEFT requires a number of steps but does not use it."""
         left = method.rank_pattern.items()
         pattern = {
             f"{name}.lora_E": [True] * kept + [False] * (method.rank - kept) for name, kept in left
@@ -73,7 +71,7 @@ class AdaLoRAFormat(TargetedFormat["AdaLoRA"]):
     def read_options(
         self, kind: type[AdaLoRA], config: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """Read the options; of the entries that were kept, how many there are."""
+        """Read the options, with the number of kept entries as `rank_pattern`."""
         values, problems = super().read_options(kind, config)
         pattern: Any = values.pop("rank_pattern", None) or {}
         if not isinstance(pattern, Mapping) or not all(
@@ -81,7 +79,7 @@ class AdaLoRAFormat(TargetedFormat["AdaLoRA"]):
         ):
             return values, [
                 *problems,
-                "rank_pattern: must give a list of true and false for each site",
+                "rank_pattern: must be a list of booleans for each site",
             ]
         values["rank_pattern"] = {
             key.partition(".lora_E")[0]: sum(map(bool, kept)) for key, kept in pattern.items()
@@ -96,12 +94,12 @@ class AdaLoRA(Biased):
     """Low-rank adaptation of linear sites whose ranks are allocated during training.
 
     Leaves of a site: `adalora_a [in, r]`, `adalora_e [r]`, `adalora_b [r, out]`, trained;
-    `adalora_scale []`, `adalora_dropout []` where the rate is not zero. All float32. A file holds
+    `adalora_scale []`, `adalora_dropout []` if the rate is not zero. All float32. A file holds
     all r entries, those that are set to zero among them; of a file of PEFT's that was cut,
     `rank_pattern` says what is left.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "adalora"
@@ -145,13 +143,13 @@ class AdaLoRA(Biased):
         ),
     )
 
-    rank: int = option(12, "rank r of every site at first", at_least=1)
-    target_rank: int = option(8, "mean rank of the sites in the end", at_least=1)
+    rank: int = option(12, "initial rank r of every site", at_least=1)
+    target_rank: int = option(8, "final mean rank of the sites", at_least=1)
     alpha: float = option(16.0, "numerator of the scaling", above=0)
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
     bias: Literal["none", "all", "lora_only"] = bias_option()
-    initial_steps: int = option(0, "steps at the start in which no rank is cut", at_least=0)
-    final_steps: int = option(0, "steps at the end in which the ranks stay as they are", at_least=0)
+    initial_steps: int = option(0, "steps at the start without rank reduction", at_least=0)
+    final_steps: int = option(0, "steps at the end with fixed ranks", at_least=0)
     interval: int = option(1, "steps between two allocations", at_least=1)
     beta1: float = option(0.85, "decay of the average of the sensitivity", above=0, below=1)
     beta2: float = option(0.85, "decay of the average of its uncertainty", above=0, below=1)
@@ -159,35 +157,34 @@ class AdaLoRA(Biased):
         0.5, "weight of the penalty that keeps A and B orthogonal", at_least=0
     )
     rank_pattern: dict[str, int] = option(
-        {}, "ranks that are left of single sites, by whole names", at_least=0
+        {}, "remaining ranks of individual sites, by full name", at_least=0
     )
 
     def problems(self) -> list[str]:
-        """List options that exclude each other."""
+        """List incompatible options."""
         found = super().problems()
         if self.target_rank > self.rank:
             found.append(
-                f"target_rank: is {self.target_rank}, above rank {self.rank}, which it is reached"
-                " from"
+                f"target_rank: is {self.target_rank}, but must not be above rank {self.rank}"
             )
         found += [
-            f"rank_pattern: {name!r} is {left}, above rank {self.rank}, which is cut"
+            f"rank_pattern: {name!r} is {left}, but must not be above rank {self.rank}"
             for name, left in self.rank_pattern.items()
             if left > self.rank
         ]
         return found
 
     def check_sites(self, names: tuple[str, ...]) -> None:
-        """Refuse a rank of what is no adapted site.
+        """Raise an error if `rank_pattern` has a name that is not an adapted site.
 
         Raises:
-            TargetError: naming it.
+            TargetError: It has; the message lists the names.
         """
         unknown = [name for name in self.rank_pattern if name not in names]
         if unknown:
             raise TargetError(
                 [
-                    f"rank_pattern: {name!r} is no adapted site{nearest(name, names)}"
+                    f"rank_pattern: {name!r} is not an adapted site{nearest(name, names)}"
                     for name in unknown
                 ]
             )
@@ -195,8 +192,9 @@ class AdaLoRA(Biased):
     # --------------------------------------------------------------------------------------- leaves
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Make A and B normal and e zero; what is left of a site whose rank is cut to zero is one
-        entry of zeros.
+        """Initialize A and B from a normal distribution and e to zero.
+
+        A site whose rank is reduced to zero has one entry of zeros.
         """
         del kernel
         left = self.rank_pattern.get(site.name, self.rank)
@@ -226,22 +224,20 @@ class AdaLoRA(Biased):
     # ------------------------------------------------------------------------------------- training
 
     def penalty(self, trainable: Leaves) -> Any:
-        """Return `orthogonality` times the mean of ||A'A - I|| and ||B B' - I||, padding left
-        out.
-        """
+        """Return `orthogonality` times the mean of ||A'A - I|| and ||B B' - I||, unpadded."""
         if not self.orthogonality:
             return None
         total, count = jnp.zeros(()), jnp.zeros(())
         for site in _sites(trainable):
             a, b = site["adalora_a"], site["adalora_b"]
-            there = rank_allocation.entries(a)
-            unit = jnp.where(there[..., None], jnp.eye(there.shape[-1]), 0.0)
+            used = rank_allocation.entries(a)
+            unit = jnp.where(used[..., None], jnp.eye(used.shape[-1]), 0.0)
             for rows in (jnp.swapaxes(a, -1, -2), b):
                 gap = product(rows, jnp.swapaxes(rows, -1, -2)) - unit
                 squares = jnp.sum(jnp.square(gap), (-2, -1))
                 some = squares > 0  # the root of zero has no gradient
                 total += jnp.sum(jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1.0)), 0.0))
-                count += jnp.sum(there.any(-1).astype(jnp.float32))
+                count += jnp.sum(used.any(-1).astype(jnp.float32))
         return self.orthogonality * total / jnp.maximum(count, 1.0)
 
     def optimizer(
@@ -250,7 +246,7 @@ class AdaLoRA(Biased):
         """Wrap the optimizer so that it allocates the ranks.
 
         Raises:
-            ConfigError: the run is too short for its first and last steps.
+            ConfigError: The run is too short for `initial_steps` and `final_steps`.
         """
         return rank_allocation.allocate_ranks(self, inner, steps)
 
@@ -258,7 +254,7 @@ class AdaLoRA(Biased):
 
 
 def _sites(tree: Leaves) -> list[Leaves]:
-    """Return the modules of a tree that hold the method's leaves."""
+    """Return the modules of a tree with the method's leaves."""
     return [paths.get(tree, path[:-1]) for path, _ in paths.walk(tree) if path[-1] == "adalora_a"]
 
 

@@ -1,4 +1,4 @@
-r"""Bottleneck adapters: a small network behind each sub-layer, or beside it.
+r"""Bottleneck adapters: a small network after each sub-layer, or parallel to it.
 
     A(z) = D(s (act(z W_down + b_down) W_up + b_up)),    W_down: [d, b],    W_up: [b, d],
         b = d / reduction_factor
@@ -7,7 +7,7 @@ What `z` is, and where `A(z)` is added, `placement` says: see `jaxpeft.methods.b
 dropout. `scaling` is a number, one that is trained, or one that is trained for each of the d
 channels; those begin at one. He et al. 2021 take 4.
 
-`W_up` and the biases start at zero, so a fresh adapter leaves every output as it was; with
+`W_up` and the biases start at zero, so a fresh adapter does not change any output; with
 `init_weights` `bert` or `houlsby` both matrices are random and small, and it nearly does.
 
 The leaves stand beside the kernel of the linear module that gives a sub-layer's output. One that
@@ -47,10 +47,10 @@ _LEAVES = leaf_names("adapter", "down", "down_bias", "up", "up_bias")
 
 @dataclass(frozen=True)
 class AdapterFormat(BottleneckFormat["Adapter"]):
-    """How adapters of `Adapter` stand in files."""
+    """The file format of `Adapter` adapters."""
 
     def write_options(self, method: Adapter) -> dict[str, Any]:
-        """Return the options as the adapters library has them."""
+        """Return the options in the format of the adapters library."""
         return super().write_options(method) | {"init_weights": _INITS[method.init_weights]}
 
     def read_options(
@@ -71,15 +71,15 @@ class AdapterFormat(BottleneckFormat["Adapter"]):
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter(Bottleneck):
-    """Bottleneck adapters behind sub-layers, or beside them.
+    """Bottleneck adapters after sub-layers, or parallel to them.
 
     Leaves of a site: `adapter_down [d, b]`, `adapter_down_bias [b]`, `adapter_up [b, d]`,
     `adapter_up_bias [d]`, trained; `adapter_scale []`, or `adapter_gain [1 or d]` that is trained;
-    `adapter_dropout []` where the rate is not zero; and two scalars whose names say the placement
+    `adapter_dropout []` if the rate is not zero; and two scalars whose names say the placement
     and the non-linearity, as in `adapter_pfeiffer` and `adapter_relu`. All float32.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "adapter"
@@ -102,16 +102,16 @@ class Adapter(Bottleneck):
     )
 
     init_weights: Literal["lora", "bert", "houlsby"] = option(
-        "lora", "how the matrices begin; 'lora' with W_up at zero"
+        "lora", "initialization of the matrices; 'lora' sets W_up to zero"
     )
 
     @property
     def fresh_is_base(self) -> bool:
-        """Whether a fresh adapter leaves every output as it was, bit by bit."""
+        """Whether a fresh adapter leaves every output bit-identical."""
         return self.init_weights == "lora"
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Make the matrices as `init_weights` says, and the biases zero."""
+        """Initialize the matrices according to `init_weights`, and the biases to zero."""
         del kernel
         d, b, keys = site.shape[1], self.width(site), jax.random.split(rng)
         if self.init_weights == "lora":
@@ -133,9 +133,7 @@ class Adapter(Bottleneck):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Compute `N(x + h + A(z))` where `h` joins the residual stream, `[..., d]`, in the dtype
-        of `h`.
-        """
+        """Compute `N(x + h + A(z))`, `[..., d]`, in the dtype of `h`."""
         return join_residual(call, "adapter", _network)
 
     @staticmethod
@@ -145,5 +143,5 @@ class Adapter(Bottleneck):
 
 
 def _network(leaves: Leaves, z: Any) -> Any:
-    """Return `A(z)` less its dropout, `[..., d] -> [..., d]`."""
+    """Return `A(z)` without dropout, `[..., d] -> [..., d]`."""
     return bottleneck(leaves, "adapter", z, leaves["adapter_down"], leaves["adapter_up"])

@@ -1,6 +1,4 @@
-"""What the methods with PEFT's option `bias` have in common: they train biases of the base beside
-their own leaves.
-"""
+"""The base class of methods with PEFT's option `bias`, which also train biases of the base."""
 
 from __future__ import annotations
 
@@ -16,27 +14,26 @@ from jaxpeft.methods.targeted import Targeted
 
 
 def bias_option() -> Any:
-    """Declare the option `bias`; each method types it with PEFT's own choices: `none`, `all`, and
+    """Declare the option `bias`; its type in each method has PEFT's values: `none`, `all`, and
     `NAME_only`.
     """
-    return option("none", "which biases of the base are trained as well")
+    return option("none", "biases of the base that are also trained")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Biased(Targeted):
-    """A targeted method with an option `bias`: `none`, `all`, or, ending with `_only`, the biases
-    of the sites that it adapts.
+    """A targeted method with an option `bias`: `none`, `all`, or `..._only` for the biases of its
+    sites.
     """
 
     if TYPE_CHECKING:
         bias: str = bias_option()  # a field of each method, at its own place among the options
 
     def trains(self, path: Path, params: Leaves) -> bool:
-        """Return whether a leaf is one of the method's own that are trained, or a bias that `bias`
-        names.
+        """Return whether a leaf is a trained adapter leaf, or a bias selected by `bias`.
 
         Raises:
-            ConfigError: the leaf is a stacked bias, and only some of its layers are adapted.
+            ConfigError: The leaf is a stacked bias, and only some of its layers are adapted.
         """
         return super().trains(path, params) or (
             path[-1] == "bias" and self._trains_bias(path, params)

@@ -1,4 +1,4 @@
-"""BitFit: only the biases are trained, those of linear modules and of norms.
+"""BitFit: only the biases of linear modules and norms are trained.
 
     y = x W + b,    b trained
 
@@ -16,9 +16,10 @@ from jaxpeft.methods.selected import Selected
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit(Selected):
-    """Trains the leaves named `bias`, beside the head; adds no leaves.
+    """Trains the leaves named `bias`, and the head; adds no leaves.
 
-    A model without biases (Llama) and without a head has nothing to train, which is refused.
+    A model without biases (Llama) and without a head has no trainable parameters, which is an
+    error.
     """
 
     name: ClassVar[str] = "bitfit"

@@ -7,8 +7,8 @@ rescaled.
 A factor rotates blocks of `k` inputs that a permutation `Pi` brings together, in factor i out of
 `2^(i-1) k` neighbors (the butterfly): with m factors an output depends on `2^(m-1) k` inputs, at `m
 k in` numbers. One factor is OFT with scales. A block is the Cayley transform of the skew-symmetric
-part of a trained matrix. Matrices start at zero and `s` at one, so a fresh adapter leaves every
-output as it was.
+part of a trained matrix. Matrices start at zero and `s` at one, so a fresh adapter does not change
+any output.
 
 Liu et al. 2023, "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", section 4
 (arXiv:2311.06243). PEFT computes more than one factor with its CUDA extension only; here all are
@@ -44,10 +44,10 @@ _SIZE = 4
 
 @dataclass(frozen=True)
 class BOFTFormat(TargetedFormat["BOFT"]):
-    """How adapters of `BOFT` stand in files."""
+    """The file format of `BOFT` adapters."""
 
     def write_options(self, method: BOFT) -> dict[str, Any]:
-        """Return the options; PEFT writes 0 for the one of size and number that is not given."""
+        """Return the options; PEFT writes 0 for either the size or the number of blocks."""
         size = 0 if method.blocks else method.block_size or _SIZE
         return super().write_options(method) | {
             "boft_block_size": size,
@@ -66,8 +66,9 @@ class BOFTFormat(TargetedFormat["BOFT"]):
         }, problems
 
     def fit(self, method: BOFT, shapes: Mapping[str, tuple[int, ...]]) -> BOFT:
-        """Return BOFT of one factor where the file holds one: without its CUDA extension PEFT
-        computes that, whatever it is asked for.
+        """Return BOFT with one factor if the file has one.
+
+        PEFT without its CUDA extension uses one factor whatever the option says.
         """
         factors = {shape[0] for name, shape in shapes.items() if name.endswith(".boft_R") and shape}
         return dataclasses.replace(method, factors=1) if factors == {1} else method
@@ -81,7 +82,7 @@ class BOFT(Biased):
     the rate is not zero, not trained. All float32.
 
     Raises:
-        ConfigError: an option is out of range, options exclude each other, or blocks do not divide
+        ConfigError: An option is out of range, options are incompatible, or blocks do not divide
             a site's inputs.
     """
 
@@ -108,30 +109,30 @@ class BOFT(Biased):
     )
 
     block_size: int | None = option(
-        None, f"size k of the blocks; None for {_SIZE}, or what blocks asks for", at_least=2
+        None, f"size k of the blocks; None for {_SIZE}, or as implied by blocks", at_least=2
     )
-    blocks: int | None = option(None, "number d of blocks, in place of block_size", at_least=1)
+    blocks: int | None = option(None, "number d of blocks, instead of block_size", at_least=1)
     factors: int = option(1, "number m of butterfly factors", at_least=1)
     dropout: float = option(
         0.0,
-        "rate at which a block of one factor, drawn anew each time, is not rotated",
+        "probability that a block of a randomly chosen factor is not rotated",
         at_least=0,
         below=1,
     )
     bias: Literal["none", "all", "boft_only"] = bias_option()
 
     def problems(self) -> list[str]:
-        """List options that exclude each other."""
+        """List incompatible options."""
         both = self.blocks is not None and self.block_size is not None
         return super().problems() + (
-            ["blocks: is in place of block_size; remove one of them"] if both else []
+            ["blocks: replaces block_size; remove one of them"] if both else []
         )
 
     def site_blocks(self, site: Site) -> tuple[int, int]:
         """Return the number and the size of the blocks at a site.
 
         Raises:
-            ConfigError: they do not divide its inputs as the factors need it.
+            ConfigError: They do not divide its inputs as required by the factors.
         """
         n_in, size = site.shape[0], self.block_size or _SIZE
         count, over = (
@@ -151,7 +152,7 @@ class BOFT(Biased):
         return count, n_in // count
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Make the matrices of zeros and the scales of ones."""
+        """Initialize the matrices to zeros and the scales to ones."""
         del kernel, rng
         count, size = self.site_blocks(site)
         leaves = {
@@ -164,8 +165,8 @@ class BOFT(Biased):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Compute `((x R) W) * s + b`, `[..., in] -> [..., out]`; dropout leaves blocks of one
-        factor as they are.
+        """Compute `((x R) W) * s + b`, `[..., in] -> [..., out]`; dropout skips blocks of one
+        factor.
         """
         drawn, stay = dropping.rate(call, "boft_dropout"), None
         if drawn is not None:
@@ -188,7 +189,7 @@ class BOFT(Biased):
 
 
 def _rotate(leaves: Leaves, x: Any, stay: Any) -> Any:
-    """Return `x R`; blocks that do not stay, `[m, d]`, are the identity."""
+    """Return `x R`; blocks where `stay`, `[m, d]`, is zero are the identity."""
     for i, (difference, there, back) in reversed(list(enumerate(_factors(leaves)))):
         kept = difference if stay is None else difference * stay[i][:, None, None]
         x = rotations.rotate(x[..., there], kept)[..., back]
@@ -196,15 +197,15 @@ def _rotate(leaves: Leaves, x: Any, stay: Any) -> Any:
 
 
 def _rescale(leaves: Leaves, y: Any, bias: Any) -> Any:
-    """Return `(y - b) * s + b`, which is `y` bit by bit where `s` is one."""
+    """Return `(y - b) * s + b`, which is bit-identical to `y` where `s` is one."""
     scale = leaves["boft_s"][0]
     out = y * scale.astype(y.dtype)
     return out if bias is None else out + (bias.astype(jnp.float32) * (1.0 - scale)).astype(y.dtype)
 
 
 def _factors(leaves: Leaves) -> list[tuple[Any, Any, Any]]:
-    """Return of each factor `R - I` of its blocks, `[d, k, k]`, and what orders the inputs for it
-    and back again, `[in]`.
+    """Return `R - I` of the blocks of each factor, `[d, k, k]`, and the permutation of the inputs
+    and its inverse, `[in]`.
     """
     matrices = leaves["boft_r"]
     _, count, size, _ = matrices.shape
@@ -220,8 +221,8 @@ def _factors(leaves: Leaves) -> list[tuple[Any, Any, Any]]:
 
 
 def _butterfly(n: int, width: int, piece: int) -> Any:
-    """Return the order of `n` inputs in which, within each stretch of `width`, even pieces stand
-    before odd ones.
+    """Return the order of `n` inputs that, in each stretch of `width`, puts even pieces before odd
+    ones.
     """
     pieces = np.arange(n).reshape(-1, width // piece, piece)
     return np.concatenate([pieces[:, 0::2], pieces[:, 1::2]], axis=1).reshape(-1)

@@ -1,15 +1,14 @@
-"""What the bottleneck adapters have in common: where they stand, what is around their matrices, and
-their files.
+"""The base class of bottleneck adapters: their placement, computation and files.
 
-`h` is what a sub-layer gives, `x` what it was given, before its own norm, and `N` the norm behind
-their sum: BERT's, and none in a decoder. Without an adapter `A` a layer goes on with `N(x + h)`;
-with it, by `placement`, with
+`h` is the output of a sub-layer, `x` its input before its own norm, and `N` the norm after their
+sum, which decoders do not have. Without an adapter `A`, the layer's output is `N(x + h)`; with it,
+depending on `placement`, it is
 
-* `houlsby`: `N(x + h + A(h))`, behind attention and feed-forward (Houlsby et al. 2019, section 2.1,
+* `houlsby`: `N(x + h + A(h))`, after attention and feed-forward (Houlsby et al. 2019, section 2.1,
   arXiv:1902.00751);
-* `pfeiffer`: `N(x + h + A(N(x + h)))`, behind feed-forward (Pfeiffer et al. 2020, section 3.2,
+* `pfeiffer`: `N(x + h + A(N(x + h)))`, after feed-forward (Pfeiffer et al. 2020, section 3.2,
   arXiv:2005.00247);
-* `parallel`: `N(x + h + A(x))`, beside feed-forward (He et al. 2021, section 3.3,
+* `parallel`: `N(x + h + A(x))`, parallel to feed-forward (He et al. 2021, section 3.3,
   arXiv:2110.04366).
 
 Files are those of the `adapters` library (Poth et al. 2023, arXiv:2311.11077).
@@ -33,8 +32,8 @@ from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted, TargetedFormat
 
 ATTENTION = ("self_attn.o_proj", "attention.output.dense", "attention.out_lin")
 FEED_FORWARD = ("mlp.down_proj", "output.dense", "ffn.lin2")
-"""The ends of the names of the modules that write to the residual stream; BERT's second is an end
-of its first, too.
+"""Name suffixes of the modules that write to the residual stream; BERT's second also matches its
+first.
 """
 
 Placement = Literal["houlsby", "pfeiffer", "parallel"]
@@ -75,17 +74,15 @@ def leaf_names(name: str, *own: str) -> tuple[str, ...]:
     """Return the names of all leaves of a method at a site.
 
     Args:
-        name: of the method.
-        *own: of the matrices and what belongs to them, without the method's name.
+        name: name of the method.
+        *own: names of the matrices and biases, without the method's name.
     """
     form = ("scale", "gain", "dropout", *get_args(Placement), *get_args(NonLinearity))
     return tuple(f"{name}_{key}" for key in (*own, *form))
 
 
 def _joins(module: Any, name: str) -> bool:
-    """Return whether a method is that where a module's output joins the residual stream; of a
-    module without one, its output.
-    """
+    """Return whether to compute a module's method: `join`, or any if the module has no `join`."""
     return name == "join" or not hasattr(module, "join")
 
 
@@ -94,12 +91,10 @@ M = TypeVar("M", bound="Bottleneck")
 
 @dataclass(frozen=True)
 class BottleneckFormat(TargetedFormat[M]):
-    """How adapters of `Bottleneck` stand in files."""
+    """The file format of `Bottleneck` adapters."""
 
     def reads(self, kind: type[M], config: Mapping[str, Any]) -> bool:
-        """Return whether a config is of this method, by its own name or as a section of the
-        adapters library.
-        """
+        """Return whether a config belongs to this method, also in the adapters library's format."""
         section = (
             config.get("peft_type") == self.layout
             and bool(config.get("phm_layer")) == kind.factored
@@ -107,13 +102,11 @@ class BottleneckFormat(TargetedFormat[M]):
         return section or super().reads(kind, config)
 
     def names(self, kind: type[M]) -> Mapping[str, str]:
-        """Return the method's options by what the adapters library calls them."""
+        """Map the adapters library's option names to the method's."""
         return self.options
 
     def write_options(self, method: M) -> dict[str, Any]:
-        """Return the options as the adapters library has them; the sites are told by the layout of
-        its files.
-        """
+        """Return the options in the adapters library's format; the layout defines the sites."""
         return {
             key: value
             for key, value in super().write_options(method).items()
@@ -127,9 +120,9 @@ class BottleneckFormat(TargetedFormat[M]):
         values, problems = super().read_options(kind, config)
         form = {key: config.get(key, absent) for key, absent in _FORM.items()}
         if form["is_parallel"] is True:
-            form["original_ln_before"] = False  # it reads x, whatever that says
+            form["original_ln_before"] = False  # has no effect, since the adapter reads x
         if form["original_ln_before"] is False:
-            form["residual_before_ln"] = True  # the same then
+            form["residual_before_ln"] = True  # has no effect
         placement = next((name for name, flags in _FORMS.items() if flags == form), None)
         on = (bool(config.get("mh_adapter")), bool(config.get("output_adapter")))
         sublayers = {
@@ -138,8 +131,8 @@ class BottleneckFormat(TargetedFormat[M]):
             (False, True): "feed_forward",
         }.get(on)
         if placement is None:
-            said = ", ".join(f"{key} {value!r}" for key, value in form.items())
-            problems.append(f"{said}: together none of the placements {', '.join(_FORMS)}")
+            text = ", ".join(f"{key} {value!r}" for key, value in form.items())
+            problems.append(f"{text}: does not match a placement ({', '.join(_FORMS)})")
         if sublayers is None:
             problems.append("mh_adapter, output_adapter: neither is true, so there is no adapter")
         if placement is None or sublayers is None:
@@ -156,10 +149,10 @@ class BottleneckFormat(TargetedFormat[M]):
 
 @dataclass(frozen=True, kw_only=True)
 class Bottleneck(Targeted):
-    """A method that puts a small network behind sub-layers, or beside them.
+    """A method that adds a small network after sub-layers, or parallel to them.
 
-    Leaves of a site, beside the matrices: `scale []`, or `gain [1 or d]` that is trained; `dropout
-    []` where the rate is not zero; and two scalars whose names say the placement and the
+    Leaves of a site in addition to the matrices: `scale []`, or a trained `gain [1 or d]`; `dropout
+    []` if the rate is not zero; and two scalars whose names say the placement and the
     non-linearity. All names begin with the method's.
 
     Class attributes:
@@ -207,41 +200,37 @@ class Bottleneck(Targeted):
     usual_targets: ClassVar[tuple[str, ...]] = (*ATTENTION, *FEED_FORWARD)
 
     targets: str | tuple[str, ...] = option(
-        "default", "sites: 'default' for those that sublayers says, or names"
+        "default", "sites: 'default' for those of sublayers, or names"
     )
-    placement: Placement = option("pfeiffer", "what the adapter reads: houlsby, pfeiffer, parallel")
+    placement: Placement = option("pfeiffer", "input of the adapter: houlsby, pfeiffer, parallel")
     sublayers: Literal["default", "attention", "feed_forward", "both"] = option(
         "default",
-        "which sub-layers have adapters: attention, feed_forward, both; by default those of the"
-        " placement's paper",
+        "sub-layers with adapters: attention, feed_forward, both; by default as in the placement's"
+        " paper",
     )
     reduction_factor: float = option(
-        16.0, "d / b: how many times narrower than the model the bottleneck is", above=0
+        16.0, "d / b: ratio of the model's width to the bottleneck's", above=0
     )
-    non_linearity: NonLinearity = option("relu", "the function in the bottleneck")
+    non_linearity: NonLinearity = option("relu", "activation in the bottleneck")
     scaling: float | Literal["learned", "channel"] = option(
-        1.0, "factor s: a number, or 'learned', or learned by 'channel'"
+        1.0, "factor s: a number, 'learned', or 'channel' (learned per channel)"
     )
-    dropout: float = option(0.0, "rate of dropout on what the adapter gives", at_least=0, below=1)
+    dropout: float = option(0.0, "dropout rate of the adapter's output", at_least=0, below=1)
 
     def problems(self) -> list[str]:
-        """List options that exclude each other, or that no file can say."""
+        """List options that are incompatible or cannot be saved."""
         found = super().problems()
         if self.sublayers != "default" and self.targets != "default":
-            found.append(
-                "sublayers: goes with targets 'default'; the targets name the sites already"
-            )
+            found.append("sublayers: needs targets 'default'; these targets already name the sites")
         if self.modules_to_save:
             found.append(
-                "modules_to_save: files of the adapters library have no place for other modules;"
-                " leave it empty"
+                "modules_to_save: files of the adapters library cannot store other modules; leave"
+                " it empty"
             )
         return found
 
     def where(self, names: tuple[str, ...]) -> Targets:
-        """Return the target options; by default the modules that write to the residual stream
-        behind the sub-layers.
-        """
+        """Return the target options; by default the last modules of the sub-layers."""
         wanted = super().where(names)
         if self.targets != "default":
             return wanted
@@ -263,30 +252,29 @@ class Bottleneck(Targeted):
         return max(1, int(site.shape[1] // self.reduction_factor))
 
     def site_leaves(self, site: Site, own: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        """Make the leaves of a site, float32.
+        """Return all float32 leaves of a site.
 
         Args:
             site: one layer of a site.
-            own: the matrices and what belongs to them, by their names without the method's.
+            own: the matrices and biases, by names without the method's.
         """
-        made = {**own, self.placement: jnp.ones(()), self.non_linearity: jnp.ones(())}
+        leaves = {**own, self.placement: jnp.ones(()), self.non_linearity: jnp.ones(())}
         if isinstance(self.scaling, str):
-            made["gain"] = jnp.ones((site.shape[1] if self.scaling == "channel" else 1,))
+            leaves["gain"] = jnp.ones((site.shape[1] if self.scaling == "channel" else 1,))
         else:
-            made["scale"] = jnp.asarray(self.scaling)
+            leaves["scale"] = jnp.asarray(self.scaling)
         if self.dropout:
-            made["dropout"] = jnp.asarray(self.dropout)
-        return {f"{self.name}_{key}": leaf.astype(jnp.float32) for key, leaf in made.items()}
+            leaves["dropout"] = jnp.asarray(self.dropout)
+        return {f"{self.name}_{key}": leaf.astype(jnp.float32) for key, leaf in leaves.items()}
 
 
 def join_residual(call: Call, name: str, network: Callable[[Leaves, Any], Any]) -> Any:
-    """Compute where a sub-layer's output joins the residual stream: `N(x + h + A(z))`, `[..., d]`,
-    in the dtype of `h`.
+    """Compute `N(x + h + A(z))`, `[..., d]`, in the dtype of `h`.
 
     Args:
-        call: with `h` and `x` `[..., d]`, and `N` or None.
-        name: of the method.
-        network: `A` less its dropout.
+        call: call of `join` with `h` and `x` `[..., d]`, and `N` or None.
+        name: name of the method.
+        network: `A` without dropout.
     """
     h, x, *norm = call.args
     z = h
@@ -298,23 +286,22 @@ def join_residual(call: Call, name: str, network: Callable[[Leaves, Any], Any]) 
 
 
 def add_to_output(call: Call, name: str, network: Callable[[Leaves, Any], Any]) -> Any:
-    """Compute a module that does not say where its output joins the residual stream: `h + A(h)`,
-    `[..., in] -> [..., d]`.
+    """Compute `h + A(h)`, `[..., in] -> [..., d]`, for a module without `join`.
 
     Args:
-        call: of a linear module.
-        name: of the method.
-        network: `A` less its dropout.
+        call: call of a linear module.
+        name: name of the method.
+        network: `A` without dropout.
 
     Raises:
-        ConfigError: the placement needs the residual stream.
+        ConfigError: The placement needs the residual stream.
     """
     for placement in ("parallel", "pfeiffer"):
         if f"{name}_{placement}" in call.leaves:
             raise ConfigError(
-                f"{name}: placement {placement!r} reads the residual stream, and a module that is"
-                " adapted does not say where it joins it; take placement 'houlsby', or in a model"
-                " of jaxpeft.load targets 'default'"
+                f"{name}: placement {placement!r} needs the residual stream, which an adapted"
+                " module does not provide; use placement 'houlsby', or, in a model of"
+                " jaxpeft.load, targets 'default'"
             )
     h = call.base(*call.args, **call.kwargs)
     return h + _add(call, name, network, h)

@@ -1,4 +1,4 @@
-r"""C3A: blocks of circulant matrices beside a frozen kernel, each one vector long.
+r"""C3A: an update of circulant blocks, each defined by one vector.
 
     y_m = (x W)_m + 1 / in sum_n x_n C(w_mn),    C(w)[i, j] = w[(i - j) mod k],
         w: [out / k, in / k, k]
@@ -6,7 +6,7 @@ r"""C3A: blocks of circulant matrices beside a frozen kernel, each one vector lo
 `x_n` and `y_m` are blocks of `k` inputs and outputs. The product with `C(w)` is a circular
 correlation, elementwise where both are Fourier transformed: `k log k` work in place of `k^2`, and a
 rank that the number of trained numbers does not bound. `w` starts at zero unless asked otherwise,
-so a fresh adapter leaves every output as it was.
+so a fresh adapter does not change any output.
 
 Chen et al. 2025, "Parameter-Efficient Fine-Tuning via Circular Convolution", section 3
 (arXiv:2407.19342).
@@ -41,7 +41,7 @@ class C3A(Biased):
     Leaves of a site: `c3a_kernel [out / k, in / k, k]`, float32, trained.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "c3a"
@@ -49,7 +49,7 @@ class C3A(Biased):
     leaves: ClassVar[LeafSpec] = LeafSpec(
         site=_LEAVES,
         trained=frozenset(_LEAVES),
-        # zeros compute it, but would be trained
+        # zeros compute the base, but would not stay zero in training
         zero_is_base=False,
         pads=False,
     )
@@ -69,40 +69,40 @@ class C3A(Biased):
     )
 
     block_size: int = option(
-        256, "size k of the blocks, which divides the inputs and outputs of each site", at_least=1
+        256, "size k of the blocks, which must divide inputs and outputs of each site", at_least=1
     )
     block_size_pattern: dict[str, int] = option(
-        {}, "other block sizes, by the end of a site's name", at_least=1
+        {}, "other block sizes, by suffix of a site's name", at_least=1
     )
     init_weights: Literal["zeros", "xavier_uniform", "kaiming_uniform", "gaussian"] = option(
         "zeros",
-        "how w begins; the three others change the outputs from the first step, PEFT's default"
-        " among them",
+        "initialization of w; all except 'zeros', including PEFT's default, change the initial"
+        " outputs",
     )
     bias: Literal["none", "all", "c3a_only"] = bias_option()
 
     @property
     def fresh_is_base(self) -> bool:
-        """Whether a fresh adapter leaves every output as it was, bit by bit."""
+        """Whether a fresh adapter leaves every output bit-identical."""
         return self.init_weights == "zeros"
 
     def expressions(self, whole: bool) -> dict[str, Any]:
-        """Return the options that hold regular expressions."""
+        """Return the options with regular expressions."""
         return super().expressions(whole) | {"block_size_pattern": self.block_size_pattern}
 
     def check_sites(self, names: tuple[str, ...]) -> None:
-        """Refuse a pattern that matches no adapted site, or that PEFT would read otherwise.
+        """Raise an error if a pattern matches no site, or PEFT interprets it differently.
 
         Raises:
-            TargetError: naming the pattern.
+            TargetError: A pattern is invalid; it names it.
         """
         require_ends("block_size_pattern", self.block_size_pattern, names)
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Make `w` as `init_weights` says.
+        """Initialize `w` according to `init_weights`.
 
         Raises:
-            ConfigError: the block size does not divide the inputs and outputs of the site.
+            ConfigError: The block size does not divide the inputs and outputs of the site.
         """
         del kernel
         (n_in, n_out), size = (

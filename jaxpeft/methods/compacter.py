@@ -8,7 +8,7 @@ all sites.
 
 `R` stands once at the root of the tree and is trained like the rest. What `z` is, and where `A(z)`
 is added, `placement` says: see `jaxpeft.methods.bottleneck`; Compacter++ is `pfeiffer`. `L` of
-`W_up` and the biases start at zero, so a fresh adapter leaves every output as it was (the
+`W_up` and the biases start at zero, so a fresh adapter does not change any output (the
 `adapters` library draws all factors; it starts a little off the base).
 
 Karimi Mahabadi et al. 2021, "Compacter: Efficient Low-Rank Hypercomplex Adapter Layers", section 3
@@ -57,18 +57,16 @@ _LEAVES = leaf_names("compacter", *_MATRICES)
 
 @dataclass(frozen=True)
 class CompacterFormat(BottleneckFormat["Compacter"]):
-    """How adapters of `Compacter` stand in files."""
+    """The file format of `Compacter` adapters."""
 
     def write_options(self, method: Compacter) -> dict[str, Any]:
-        """Return the options as the adapters library has them."""
+        """Return the options in the format of the adapters library."""
         return {**super().write_options(method), **_RULES}
 
     def read_options(
         self, kind: type[Compacter], config: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """Read the options of the adapters library; other ways to share and to factorize are
-        refused.
-        """
+        """Read the options of the adapters library; other sharing or factorization is an error."""
         values, problems = super().read_options(kind, config)
         other = {key: config[key] for key, ours in _RULES.items() if config.get(key, ours) != ours}
         return values, problems + [
@@ -86,7 +84,7 @@ class Compacter(Bottleneck):
     bottleneck adapter. At the root: `compacter_rule [n, n, n]`, trained. All float32.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "compacter"
@@ -119,16 +117,16 @@ class Compacter(Bottleneck):
     )
     factored: ClassVar[bool] = True
 
-    placement: Placement = option("houlsby", "what the adapter reads: houlsby, pfeiffer, parallel")
+    placement: Placement = option("houlsby", "input of the adapter: houlsby, pfeiffer, parallel")
     reduction_factor: float = option(
-        32.0, "d / b: how many times narrower than the model the bottleneck is", above=0
+        32.0, "d / b: ratio of the model's width to the bottleneck's", above=0
     )
-    non_linearity: NonLinearity = option("gelu", "the function in the bottleneck")
+    non_linearity: NonLinearity = option("gelu", "activation in the bottleneck")
     phm_dim: int = option(
-        4, "n: how many Kronecker products are summed; it divides d and b", at_least=1
+        4, "number n of Kronecker products in the sum, which must divide d and b", at_least=1
     )
     rank: int = option(1, "rank r of the second factor of each product", at_least=1)
-    rule_range: float = option(1e-4, "standard deviation of the rule at the start", above=0)
+    rule_range: float = option(1e-4, "initial standard deviation of the rule", above=0)
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
         """Make the factors as Glorot and Bengio 2010 have it, the left one of `W_up` and the biases
@@ -142,7 +140,7 @@ class Compacter(Bottleneck):
         if d % n or b % n:
             raise ConfigError(
                 f"compacter.phm_dim: {n} does not divide both the width {d} of {site.name} and its"
-                f" bottleneck's, {b}; take a phm_dim and a reduction_factor that fit"
+                f" bottleneck's, {b}; choose another phm_dim or reduction_factor"
             )
         keys = jax.random.split(rng, 3)
         own = {
@@ -168,9 +166,7 @@ class Compacter(Bottleneck):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Compute `N(x + h + A(z))` where `h` joins the residual stream, `[..., d]`, in the dtype
-        of `h`.
-        """
+        """Compute `N(x + h + A(z))`, `[..., d]`, in the dtype of `h`."""
         return join_residual(call, "compacter", _network)
 
     @staticmethod
@@ -184,7 +180,7 @@ def _glorot(key: jax.Array, n: int, rows: int, columns: int) -> jax.Array:
 
 
 def _network(leaves: Leaves, z: Any) -> Any:
-    """Return `A(z)` less its dropout, `[..., d] -> [..., d]`."""
+    """Return `A(z)` without dropout, `[..., d] -> [..., d]`."""
     down, up = (
         kronecker(
             leaves["compacter_rule"],

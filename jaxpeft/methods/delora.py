@@ -1,11 +1,11 @@
-r"""DeLoRA: a low-rank update whose angles and strength are trained apart.
+r"""DeLoRA: a low-rank update whose angles and strength are trained separately.
 
     y = x W + (x * n) A diag(l / (r |ai| |bi|)) B,    A: [in, r],    B: [r, out],
         ai, bi: their columns and rows,    l: []
 
 `n: [in]` holds the norms of the rows of `W`. Each of the r products of a column and a row has norm
 one, so the update is never longer than the boundary `l` times that of `W`, however far `A` and `B`
-go. `B` starts at zero, so a fresh adapter leaves every output as it was; norms below 1e-4 count as
+go. `B` starts at zero, so a fresh adapter does not change any output; norms below 1e-4 count as
 that.
 
 Bini et al. 2025, "Decoupling Angles and Strength in Low-rank Adaptation", section 3
@@ -44,7 +44,7 @@ class DeLoRA(Biased):
     is not zero, not trained. All float32.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "delora"
@@ -82,32 +82,30 @@ class DeLoRA(Biased):
     )
 
     rank: int = option(8, "rank r of the update", at_least=1)
-    boundary: float = option(15.0, "what the boundary l begins at", above=0)
-    rank_pattern: dict[str, int] = option(
-        {}, "other ranks, by the end of a site's name", at_least=1
-    )
+    boundary: float = option(15.0, "initial value of the boundary l", above=0)
+    rank_pattern: dict[str, int] = option({}, "other ranks, by suffix of a site's name", at_least=1)
     boundary_pattern: dict[str, float] = option(
-        {}, "other boundaries, by the end of a site's name", above=0
+        {}, "other boundaries, by suffix of a site's name", above=0
     )
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
     bias: Literal["none", "all", "delora_only"] = bias_option()
 
     def expressions(self, whole: bool) -> dict[str, Any]:
-        """Return the options that hold regular expressions."""
+        """Return the options with regular expressions."""
         own = {"rank_pattern": self.rank_pattern, "boundary_pattern": self.boundary_pattern}
         return super().expressions(whole) | own
 
     def check_sites(self, names: tuple[str, ...]) -> None:
-        """Refuse a rank or boundary pattern that matches no adapted site.
+        """Raise an error if a rank or boundary pattern matches no adapted site.
 
         Raises:
-            TargetError: naming the pattern.
+            TargetError: A pattern is invalid; it names it.
         """
         require_patterns("rank_pattern", self.rank_pattern, names)
         require_patterns("boundary_pattern", self.boundary_pattern, names)
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Make A uniform, B of zeros, and the norms of the kernel's rows."""
+        """Initialize A to uniform values and B to zeros, and store the kernel's row norms."""
         (n_in, n_out), rank = site.shape, pattern_value(site.name, self.rank_pattern, self.rank)
         boundary = pattern_value(site.name, self.boundary_pattern, self.boundary)
         leaves = {

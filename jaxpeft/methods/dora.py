@@ -1,4 +1,4 @@
-r"""DoRA: the magnitude and the direction of a kernel's columns are trained apart.
+r"""DoRA: the magnitude and the direction of a kernel's columns are trained separately.
 
     y = m / n (x W + s (x A) B),    n = ||W + s A B||,    A: [in, r],  B: [r, out],  m, n: [out]
 
@@ -13,7 +13,7 @@ but in the base's own product, as in PEFT:
     n = n0 + e / (n0 + sqrt(n0^2 + e)),    e = n^2 - n0^2 = sum over r of C (2 A'W + A'A C),
         C = s B
 
-so that it is `n0` bit by bit where `B` is zero, and a fresh adapter leaves every output as it was.
+so that it is `n0` bit by bit where `B` is zero, and a fresh adapter does not change any output.
 
 Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation", sections 4.1 to 4.3
 (arXiv:2402.09353).
@@ -39,7 +39,7 @@ from jaxpeft.methods.low_rank import product
 
 @dataclass(frozen=True)
 class DoRAFormat(LoRAFormat["DoRA"]):
-    """How adapters of `DoRA` stand in files."""
+    """The file format of `DoRA` adapters."""
 
     def pack(self, method: DoRA, site: Site, leaves: Leaves) -> dict[str, Any]:
         """Return LoRA's tensors and the magnitude."""
@@ -77,7 +77,7 @@ class DoRA(LoRA):
     trained; `dora_norm [out]`, the norm of the kernel's columns, not trained. All float32.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "dora"
@@ -104,19 +104,19 @@ class DoRA(LoRA):
     )
 
     def problems(self) -> list[str]:
-        """List options that exclude each other."""
+        """List incompatible options."""
         found = super().problems()
         if self.lora_bias:
-            found.append("lora_bias: DoRA has no bias beside B; remove it")
+            found.append("lora_bias: is not supported by DoRA; remove it")
         if self.init_weights == "loftq":
             found.append(
-                "init_weights: 'loftq' would begin with magnitudes that the kernels have not; take"
-                " another start"
+                "init_weights: 'loftq' would not match the kernels' magnitudes; choose another"
+                " initialization"
             )
         return found
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Make A and B as LoRA does, and the magnitude that of the kernel."""
+        """Initialize A and B as in LoRA, and the magnitude to that of the kernel."""
         norm = _norm(kernel())
         return _dora(super().init(site, kernel, rng)) | {"dora_magnitude": norm, "dora_norm": norm}
 
@@ -170,7 +170,7 @@ def _norm(kernel: Any) -> Any:
 
 
 def _positive(norm: Any) -> Any:
-    """Return one for zero: a column of zeros, or padding, has no direction."""
+    """Replace zeros by one: a column of zeros, or padding, has no direction."""
     return jnp.where(norm > 0, norm, jnp.ones_like(norm))
 
 

@@ -1,6 +1,4 @@
-"""What is left out of an update in a training call, at the rates that leaves of the site hold: of
-its input, or of itself.
-"""
+"""Dropout of an update or its input in a training call, with rates from leaves of the site."""
 
 from __future__ import annotations
 
@@ -14,25 +12,25 @@ if TYPE_CHECKING:
 
 
 def leaves(name: str, rank_dropout: float, module_dropout: float) -> dict[str, Array]:
-    """Make the leaves that hold the rates, of those that are not zero.
+    """Return the leaves of the nonzero rates.
 
     Args:
-        name: of the method.
-        rank_dropout: how likely an output of the update is left out.
-        module_dropout: how likely the update is left out as a whole.
+        name: name of the method.
+        rank_dropout: probability of dropping an output of the update.
+        module_dropout: probability of dropping the entire update.
     """
     rates = {f"{name}_rank_dropout": rank_dropout, f"{name}_module_dropout": module_dropout}
     return {key: jnp.asarray(rate, jnp.float32) for key, rate in rates.items() if rate}
 
 
 def drop_update(call: Call, name: str, update: Array, *, scaled: bool) -> Array:
-    """Return what is left of the update of a site; outside of a training call all of it.
+    """Apply dropout to the update of a site in a training call.
 
     Args:
-        call: of the site.
-        name: of the method.
+        call: call of the site.
+        name: name of the method.
         update: `[..., out]`.
-        scaled: whether outputs that stay grow by as much as others are left out.
+        scaled: whether to scale up the remaining outputs.
     """
     module, outputs = rate(call, f"{name}_module_dropout"), rate(call, f"{name}_rank_dropout")
     if outputs is not None:
@@ -49,11 +47,11 @@ def drop_update(call: Call, name: str, update: Array, *, scaled: bool) -> Array:
 
 
 def rate(call: Call, leaf: str) -> tuple[Any, Any] | None:
-    """Return a key and the rate that a leaf holds, None where nothing is left out.
+    """Return a key and the rate of a leaf; None without dropout.
 
     Args:
-        call: of a site.
-        leaf: its name.
+        call: call of a site.
+        leaf: name of the leaf with the rate.
     """
     if leaf not in call.leaves or call.dropout_key is None:
         return None
@@ -61,13 +59,13 @@ def rate(call: Call, leaf: str) -> tuple[Any, Any] | None:
 
 
 def drop_input(call: Call, x: Any, leaf: str) -> Any:
-    """Apply dropout to `x` in a training call, at the rate of a leaf, where there is one."""
+    """Apply dropout to `x` in a training call, at the rate of a leaf if it exists."""
     drawn = rate(call, leaf)
     return x if drawn is None else dropout(*drawn, x)
 
 
 def dropout(key: Array, rate: Array, x: Array) -> Array:
-    """Zeroe each element with probability `rate` and scales the others by 1 / (1 - rate).
+    """Zero each element with probability `rate`, and scale the rest by 1 / (1 - rate).
 
     Args:
         key: a key.

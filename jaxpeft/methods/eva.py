@@ -1,11 +1,11 @@
-"""EVA: A begins in the directions in which a site's inputs vary most, and ranks go where they
-explain most.
+"""EVA: A is initialized to the directions of largest variance of a site's inputs, and ranks are
+allocated by explained variance.
 
 For each site the inputs `X [tokens, in]` of the first batches are reduced to their leading right
 singular vectors, each batch merged into those before it (incremental SVD). `A` takes the first of
 them; `B` stays zero. The total rank, `rank` times the number of sites, is given to the directions
-that explain the largest shares of their site's variance, `eva_rho * rank` at most to one site; the
-scaling of each site stays what it was, and a site that gets no rank is left out.
+that explain the largest shares of their site's variance, at most `eva_rho * rank` to one site; the
+scaling of each site does not change, and a site without rank is not adapted.
 
 Paischer et al. 2024, "One Initialization to Rule them All: Fine-tuning via Explained Variance
 Adaptation", section 3 and algorithm 1 (arXiv:2410.07170).
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
-    """Return the sites their ranks and A its directions.
+    """Allocate the ranks and initialize A.
 
     Args:
         method: LoRA with `init_weights="eva"`.
@@ -41,7 +41,7 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
         `(method, params)`: a plain LoRA with these ranks, and the tree with these A.
 
     Raises:
-        ConfigError: there is no batch to look at.
+        ConfigError: There are no batches.
     """
     from jaxpeft.core import paths
     from jaxpeft.core.rewriting import chosen_sites
@@ -54,15 +54,15 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
     found = run.over_inputs(params, method.leaves.site[0], update, method.eva_batches)
     if not found:
         raise ConfigError(
-            "method.init_weights: 'eva' looks at training batches, and there is none; give another"
-            " start"
+            "method.init_weights: 'eva' needs training batches, but there are none; choose another"
+            " initialization"
         )
     ranks = _ranks(
         {name: np.asarray(values) for name, (values, _) in found.items()}, method.rank * len(found)
     )
-    made = _with_ranks(method, ranks)
-    rewritten = run.rewrite(made)
-    for site, on in chosen_sites(made, rewritten).items():
+    ranked = _with_ranks(method, ranks)
+    rewritten = run.rewrite(ranked)
+    for site, on in chosen_sites(ranked, rewritten).items():
         node = paths.get(rewritten, site.path)
         a = node[method.leaves.site[0]]
         for i, name in enumerate(site.names):
@@ -74,13 +74,11 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
                 )
                 a = a.at[index].set(found[name][1][: ranks[name]].T)
         node[method.leaves.site[0]] = a
-    return made, rewritten
+    return ranked, rewritten
 
 
 def _merge(before: Any, rows: Any, most: int) -> tuple[Any, Any]:
-    """Return the variances `[k]` and directions `[k, in]` of the rows so far, from those before and
-    rows `[tokens, in]`.
-    """
+    """Update the variances `[k]` and directions `[k, in]` with rows `[tokens, in]`."""
     stacked = (
         rows
         if before is None
@@ -91,8 +89,8 @@ def _merge(before: Any, rows: Any, most: int) -> tuple[Any, Any]:
 
 
 def _ranks(variances: Mapping[str, Any], total: int) -> dict[str, int]:
-    """Return each site its rank: the `total` directions that explain the largest shares of their
-    sites' variance.
+    """Return the rank of each site, from the `total` directions with the largest shares of
+    variance.
     """
     shares = [
         (float(value / values.sum()), name)
@@ -104,7 +102,7 @@ def _ranks(variances: Mapping[str, Any], total: int) -> dict[str, int]:
 
 
 def _with_ranks(method: LoRA, ranks: Mapping[str, int]) -> LoRA:
-    """Return the plain LoRA with these ranks at these sites, and the scaling that each had."""
+    """Return the plain LoRA with these ranks at these sites, and unchanged scalings."""
 
     def alpha(name: str, rank: int) -> float:
         return method.site_scale(name) * (math.sqrt(rank) if method.rslora else rank)

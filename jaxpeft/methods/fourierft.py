@@ -1,11 +1,11 @@
-r"""FourierFT: the update of a frozen kernel is trained by a few of its frequencies.
+r"""FourierFT: an update of a frozen kernel with a few trained frequencies.
 
     y = x W + x U,    U' = s Re(ifft2(F)),    F[u_k, v_k] = c_k,    zero elsewhere,    F: [out, in],
         c: [n]
 
-Which frequencies is drawn by a seed, the same for all kernels of one shape; the seed alone stands
-in files, so that the draw is that of torch. `c` starts at zero unless asked otherwise, so a fresh
-adapter leaves every output as it was.
+The frequencies are drawn with a seed, the same for all kernels of one shape. Files contain only the
+seed, so the draw must equal torch's. By default `c` starts at zero, so a fresh
+adapter does not change any output.
 
 Gao et al. 2024, "Parameter-Efficient Fine-Tuning with Discrete Fourier Transform", section 3
 (arXiv:2405.03003).
@@ -43,7 +43,7 @@ class FourierFT(Biased):
     rows of which are frequencies along the outputs and along the inputs; `fourierft_scale []`.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "fourierft"
@@ -51,7 +51,7 @@ class FourierFT(Biased):
     leaves: ClassVar[LeafSpec] = LeafSpec(
         site=("fourierft_spectrum", "fourierft_indices", "fourierft_scale"),
         trained=frozenset({"fourierft_spectrum"}),
-        # zeros compute it, but would be trained
+        # zeros compute the base, but would not stay zero in training
         zero_is_base=False,
         pads=False,
     )
@@ -70,39 +70,39 @@ class FourierFT(Biased):
         ignored=frozenset({"init_weights"}),
     )
 
-    frequencies: int = option(1000, "how many frequencies n of a kernel are trained", at_least=1)
+    frequencies: int = option(1000, "number n of trained frequencies per kernel", at_least=1)
     frequencies_pattern: dict[str, int] = option(
-        {}, "other numbers, by the end of a site's name", at_least=1
+        {}, "other numbers, by suffix of a site's name", at_least=1
     )
     scaling: float = option(150.0, "factor s of the update", above=0)
-    location_seed: int = option(777, "seed of which frequencies", at_least=0, below=2**32)
+    location_seed: int = option(777, "seed for drawing the frequencies", at_least=0, below=2**32)
     init_weights: Literal["zeros", "gaussian"] = option(
-        "zeros", "how c begins; 'gaussian', PEFT's default, changes the outputs from the first step"
+        "zeros", "initialization of c; 'gaussian', PEFT's default, changes the initial outputs"
     )
     bias: Literal["none", "all", "fourier_only"] = bias_option()
 
     @property
     def fresh_is_base(self) -> bool:
-        """Whether a fresh adapter leaves every output as it was, bit by bit."""
+        """Whether a fresh adapter leaves every output bit-identical."""
         return self.init_weights == "zeros"
 
     def expressions(self, whole: bool) -> dict[str, Any]:
-        """Return the options that hold regular expressions."""
+        """Return the options with regular expressions."""
         return super().expressions(whole) | {"frequencies_pattern": self.frequencies_pattern}
 
     def check_sites(self, names: tuple[str, ...]) -> None:
-        """Refuse a pattern that matches no adapted site, or that PEFT would read otherwise.
+        """Raise an error if a pattern matches no site, or PEFT interprets it differently.
 
         Raises:
-            TargetError: naming the pattern.
+            TargetError: A pattern is invalid; it names it.
         """
         require_ends("frequencies_pattern", self.frequencies_pattern, names)
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Draw the frequencies by the seed, and make `c` as `init_weights` says.
+        """Draw the frequencies with the seed, and initialize `c` according to `init_weights`.
 
         Raises:
-            ConfigError: the kernel of the site has fewer frequencies.
+            ConfigError: The kernel of the site has fewer frequencies.
         """
         del kernel
         (n_in, n_out), count = (
@@ -111,8 +111,8 @@ class FourierFT(Biased):
         )
         if count > n_in * n_out:
             raise ConfigError(
-                f"fourierft.frequencies: {count} is more than the {n_in * n_out} that the kernel of"
-                f" {site.name} has; give a lower number there, in frequencies_pattern"
+                f"fourierft.frequencies: {count} is more than the {n_in * n_out} of the kernel of"
+                f" {site.name}; set a lower number in frequencies_pattern"
             )
         flat = as_torch_draws(count, n_in * n_out, self.location_seed)
         zeros = self.init_weights == "zeros"

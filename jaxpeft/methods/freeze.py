@@ -1,5 +1,4 @@
-"""Freezing all but the last layers: the layers near the output are trained whole, those below stay
-as they are.
+"""Partial fine-tuning: the last layers are fully trained, and all layers below are frozen.
 
 Lee et al. 2019, "What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning", section 3
 (arXiv:1911.03090).
@@ -21,25 +20,25 @@ from jaxpeft.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class Freeze(Method):
-    """Trains every leaf of the last `layers` layers, and what stands behind them; adds no leaves.
+    """Trains every leaf of the last `layers` layers, and the modules after them; adds no leaves.
 
-    Layers that are stacked for a scan are trained together or not at all.
+    Stacked layers are all trained or not at all.
     """
 
     name: ClassVar[str] = "freeze"
     paper: ClassVar[str] = "arXiv:1911.03090"
 
-    layers: int = option(2, "how many of the last layers are trained", at_least=1)
-    final_norm: bool = option(True, "train the norm and the pooler behind the last layer as well")
-    lm_head: bool = option(False, "train the language-model head as well")
-    embeddings: bool = option(False, "train the embeddings, and the norm behind them, as well")
+    layers: int = option(2, "number of last layers to train", at_least=1)
+    final_norm: bool = option(True, "also train the norm and the pooler after the last layer")
+    lm_head: bool = option(False, "also train the language-model head")
+    embeddings: bool = option(False, "also train the embeddings and the norm after them")
 
     def trains(self, path: Path, params: Leaves) -> bool:
-        """Train the leaves of the last layers.
+        """Return whether a leaf belongs to the last layers.
 
         Raises:
-            ConfigError: the model has fewer layers, or they are stacked and some of them only would
-                be trained.
+            ConfigError: The model has fewer layers, or only some of its stacked layers would be
+                trained.
         """
         at = paths.layers_at(path)
         if at is None:
@@ -47,7 +46,7 @@ class Freeze(Method):
         count = _count(params, path, at)
         if self.layers > count:
             raise ConfigError(
-                f"freeze.layers: {self.layers} layers are to be trained, the model has {count}"
+                f"freeze.layers: is {self.layers}, but the model has only {count} layers"
             )
         first = count - self.layers
 

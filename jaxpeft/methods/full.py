@@ -11,11 +11,11 @@ from jaxpeft.core.paths import Path
 
 @dataclass(frozen=True, kw_only=True)
 class Full(Method):
-    """Trains the whole model; adds no leaves."""
+    """Trains the entire model; adds no leaves."""
 
     name: ClassVar[str] = "full"
 
     def trains(self, path: Path, params: Leaves) -> bool:
-        """Train every leaf."""
+        """Return True."""
         del path, params
         return True

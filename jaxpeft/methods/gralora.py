@@ -1,13 +1,13 @@
-r"""GraLoRA: the kernel is cut into k times k blocks, each with a low-rank update of its own.
+r"""GraLoRA: the kernel is split into k times k blocks, each with its own low-rank update.
 
     y_j = (x W)_j + s sum_i D(x)_i A_i[:, j] B_j[i],    A: [k, in / k, r],    B: [k, r, out / k],
         i, j < k,    s = alpha / (r + h)
 
-The `r` columns of `A_i` are cut in k parts, of which output block `j` takes the `j`th, and so are
-the rows of `B_j`: each of the blocks has rank `r / k`, and the whole update up to `k r`, with the
-number of trained numbers of LoRA of rank `r`. With a hybrid rank `h`, `s (D(x) A') B'` with `A':
-[in, h]`, `B': [h, out]` is added. `B` and `B'` start at zero, so a fresh adapter leaves every
-output as it was. `D` is dropout.
+The `r` columns of `A_i` are split into k parts, of which output block `j` uses the `j`th, and so
+are the rows of `B_j`: each block has rank `r / k`, and the full update up to `k r`, with as many
+trainable parameters as LoRA of rank `r`. With a hybrid rank `h`, `s (D(x) A') B'` with `A':
+[in, h]`, `B': [h, out]` is added. `B` and `B'` start at zero, so a fresh adapter does not change
+any output. `D` is dropout.
 
 Jung et al. 2025, "GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning",
 sections 3.2 and 3.4 (arXiv:2505.20355).
@@ -50,10 +50,10 @@ class GraLoRA(Biased):
 
     Leaves of a site: `gralora_a [k, in / k, r]`, `gralora_b [k, r, out / k]`, and with a hybrid
     rank `gralora_general_a [in, h]`, `gralora_general_b [h, out]`, trained; `gralora_scale []`,
-    `gralora_dropout []` where the rate is not zero. All float32.
+    `gralora_dropout []` if the rate is not zero. All float32.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "gralora"
@@ -86,26 +86,26 @@ class GraLoRA(Biased):
     )
 
     rank: int = option(32, "rank r, a multiple of blocks", at_least=1)
-    hybrid_rank: int = option(0, "rank h of the plain LoRA that is added", at_least=0)
+    hybrid_rank: int = option(0, "rank h of an additional plain LoRA", at_least=0)
     alpha: float = option(64.0, "numerator of the scaling alpha / (rank + hybrid_rank)", above=0)
-    blocks: int = option(2, "how many blocks k the inputs and the outputs are cut into", at_least=1)
+    blocks: int = option(2, "number k of blocks of the inputs and of the outputs", at_least=1)
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
     bias: Literal["none", "all", "gralora_only"] = bias_option()
 
     def problems(self) -> list[str]:
-        """Refuse a rank that the blocks do not divide."""
+        """List incompatible options: the blocks must divide the rank."""
         rest = self.rank % self.blocks
         return super().problems() + (
-            [f"rank: {self.rank} is no multiple of blocks, {self.blocks}"]
+            [f"rank: {self.rank} is not a multiple of blocks, {self.blocks}"]
             if self.blocks > 0 and rest
             else []
         )
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Make A and A' uniform as PEFT has them, B and B' zero.
+        """Make A and A' uniform as in PEFT, B and B' zero.
 
         Raises:
-            ConfigError: the blocks do not divide the inputs and outputs of the site.
+            ConfigError: The blocks do not divide the inputs and outputs of the site.
         """
         del kernel
         (n_in, n_out), k = site.shape, self.blocks

@@ -1,6 +1,4 @@
-"""The head alone: the features of the frozen base, and a trained classifier on top (a linear
-probe).
-"""
+"""Head only: a trained classifier on the features of the frozen base (a linear probe)."""
 
 from __future__ import annotations
 

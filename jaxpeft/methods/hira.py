@@ -1,9 +1,9 @@
-r"""HiRA: a frozen kernel is multiplied, element by element, by a low-rank matrix.
+r"""HiRA: an update that is the elementwise product of the kernel and a low-rank matrix.
 
     y = x W + D(x) (W * (A B)),    A: [in, r],  B: [r, out]
 
-As `W` has a high rank, so has the update. `B` starts at zero, so a fresh adapter leaves every
-output as it was. `D` is dropout.
+As `W` has a high rank, so has the update. `B` starts at zero, so a fresh adapter does not change
+any output. `D` is dropout.
 
 Huang et al. 2025, "HiRA: Parameter-Efficient Hadamard High-Rank Adaptation for Large Language
 Models", section 3 (ICLR 2025, openreview.net/forum?id=TwJrTz9cRS).
@@ -36,7 +36,7 @@ class HiRA(Targeted):
     is not zero. All float32.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "hira"
@@ -54,15 +54,15 @@ class HiRA(Targeted):
             "hira_dropout": "dropout",
         },
         required=("r",),
-        # PEFT 0.21 makes no use of it
+        # PEFT 0.21 does not use them
         ignored=frozenset({"init_weights", "rank_pattern"}),
     )
 
-    rank: int = option(32, "rank r of the matrix that the kernel is multiplied by", at_least=1)
+    rank: int = option(32, "rank r of the matrix that multiplies the kernel", at_least=1)
     dropout: float = option(0.0, "rate of dropout on the input of the update", at_least=0, below=1)
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Make A uniform as PEFT has it, and B zero."""
+        """Make A uniform as in PEFT, and B zero."""
         del kernel
         n_in, n_out = site.shape
         leaves = {

@@ -1,5 +1,4 @@
-r"""HRA: the input of a frozen kernel is reflected an even number of times, which is a rotation of
-low rank.
+r"""HRA: the input of a frozen kernel is reflected an even number of times, a low-rank rotation.
 
     y = (x Hr ... H1) W + b,    Hi = I - 2 ui ui' / |ui|^2,    ui: [in], the columns of U: [in, r]
 
@@ -7,7 +6,7 @@ Two reflections that follow one another, at `u` and `v` of length one with `e = 
 
     x -> x + [x u, x e] [2 e - 2 |e|^2 v; -2 v]'
 
-so a fresh adapter, whose columns are equal in pairs (`e = 0`), leaves every output as it was, bit
+so a fresh adapter, whose columns are equal in pairs (`e = 0`), does not change any output, bit
 by bit. The products of all pairs are gathered into one, `x + (x P) K` with `P: [in, r]` and `K: [r,
 in]`. With `gram_schmidt` the columns are made orthonormal first, and all are one reflection at a
 subspace, `x - 2 (x Q) Q'`; it begins anywhere, not at the base.
@@ -47,7 +46,7 @@ class HRA(Biased):
     trained. All float32.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "hra"
@@ -75,17 +74,18 @@ class HRA(Biased):
     bias: Literal["none", "all", "hra_only"] = bias_option()
 
     def problems(self) -> list[str]:
-        """Refuse an odd rank."""
+        """List incompatible options: the rank must be even."""
         odd = self.rank % 2 == 1 and not self.gram_schmidt
         why = (
-            f"rank: is {self.rank}; must be even, as only pairs of reflections can begin at the"
-            " base"
+            f"rank: must be even, since only pairs of reflections can start as the identity, is"
+            f" {self.rank}"
         )
         return super().problems() + ([why] if odd else [])
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Make U uniform, its columns equal in pairs; with Gram-Schmidt, which needs them to
-        differ, all on their own.
+        """Initialize U to uniform values with equal pairs of columns.
+
+        With Gram-Schmidt, all columns are independent.
         """
         del kernel
         n_in = site.shape[0]
@@ -113,9 +113,7 @@ class HRA(Biased):
 
 
 def _factors(leaves: Leaves) -> tuple[Any, Any]:
-    """Return `P [in, r]` and `K [r, in]` of `x -> x + (x P) K`; columns of zeros reflect
-    nothing.
-    """
+    """Return `P [in, r]` and `K [r, in]` of `x -> x + (x P) K`; zero columns have no effect."""
     columns = leaves["hra_u"]
     if "hra_gram_schmidt" in leaves:
         q = _orthonormal(columns)
@@ -130,8 +128,8 @@ def _factors(leaves: Leaves) -> tuple[Any, Any]:
         .reshape(units.shape)
         .T
     )
-    # what a pair is given has gone through the pairs before it: z = x P + z N, with N what they add
-    # to its x u and x e
+    # the input of a pair has passed through the pairs before it: z = x P + z N, where N is what
+    # they add to its x u and x e
     rank = units.shape[1]
     before = (jnp.arange(rank) // 2)[:, None] < (jnp.arange(rank) // 2)[None, :]
     added = jnp.where(before, product(k, p), 0.0)
@@ -141,7 +139,7 @@ def _factors(leaves: Leaves) -> tuple[Any, Any]:
 
 
 def _orthonormal(columns: Any) -> Any:
-    """Make columns orthonormal, one after the other: each is taken off those behind it."""
+    """Orthonormalize columns by Gram-Schmidt."""
     out: list[Any] = []
     for i in range(columns.shape[1]):
         out.append(_unit(columns[:, i : i + 1]))
@@ -150,5 +148,5 @@ def _orthonormal(columns: Any) -> Any:
 
 
 def _unit(columns: Any) -> Any:
-    """Return columns of length one; zeros stay so."""
+    """Normalize columns to length one; zeros stay zeros."""
     return columns / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(columns), axis=0), _TINY))

@@ -1,9 +1,9 @@
-r"""(IA)^3: what modules put out or take in, rescaled element by element.
+r"""(IA)^3: elementwise rescaling of the outputs or inputs of modules.
 
-    y = (x W + b) * l,    l: [1, out]       of keys and values
-    y = (x * l') W + b,   l: [in, 1]        of the module that ends a feed-forward layer
+    y = (x W + b) * l,    l: [1, out]       for keys and values
+    y = (x * l') W + b,   l: [in, 1]        for the last module of a feed-forward layer
 
-`l` starts at one, so a fresh adapter leaves every output as it was. Which of the two a site
+`l` starts at one, so a fresh adapter does not change any output. Which of the two a site
 computes is told by the shape of its leaf.
 
 Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
@@ -34,12 +34,10 @@ _FEEDFORWARD = ("down_proj", "output.dense", "lin2", "fc2", "wo", "mlp.c_proj", 
 
 @dataclass(frozen=True)
 class IA3Format(TargetedFormat["IA3"]):
-    """How adapters of `IA3` stand in files."""
+    """The file format of `IA3` adapters."""
 
     def write_options(self, method: IA3) -> dict[str, Any]:
-        """Return the options; PEFT takes a list of feed-forward modules where it is a part of the
-        targets only.
-        """
+        """Return the options; PEFT requires a list of feed-forward modules within the targets."""
         options = super().write_options(method)
         plain = isinstance(options["target_modules"], tuple) and set(method.feedforward) <= set(
             method.targets
@@ -57,7 +55,7 @@ class IA3(Targeted):
     trained.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "ia3"
@@ -95,22 +93,23 @@ class IA3(Targeted):
     targets: str | tuple[str, ...] = option(
         "default",
         "list of name suffixes, a regular expression, 'all-linear', or 'default' for the method's"
-        " usual sites",
+        " default sites",
     )
     feedforward: str | tuple[str, ...] = option(
         "default",
-        "names, or expression, of the sites whose input is rescaled; 'default' for the usual ones",
+        "names or regular expression of the sites whose input is rescaled; 'default' for the"
+        " method's default",
     )
 
     def expressions(self, whole: bool) -> dict[str, Any]:
-        """Return the options that hold regular expressions."""
+        """Return the options with regular expressions."""
         return super().expressions(whole) | {"feedforward": [self.feedforward]}
 
     @property
     def feedforward_expression(self) -> str:
-        """The expression of the whole names of the sites whose input is rescaled.
+        """The regular expression of the full names of the sites whose input is rescaled.
 
-        As in PEFT, an entry of a list is how a name ends, be it after a dot or not.
+        As in PEFT, an entry of a list is a suffix of the name, not necessarily after a dot.
         """
         if isinstance(self.feedforward, str) and self.feedforward != "default":
             return self.feedforward
@@ -118,10 +117,10 @@ class IA3(Targeted):
         return f".*({'|'.join(map(re.escape, ends))})" if ends else r"(?!)"
 
     def check_sites(self, names: tuple[str, ...]) -> None:
-        """Refuse a `feedforward` that matches no adapted site, or take some layers of a site only.
+        """Raise an error if `feedforward` matches no adapted site, or only some layers of a site.
 
         Raises:
-            TargetError: naming what it matches.
+            TargetError: It does; the message names the sites.
         """
         if isinstance(self.feedforward, str):
             require_fast("feedforward", {self.feedforward: self.feedforward_expression}, names)
@@ -135,17 +134,15 @@ class IA3(Targeted):
         }
         if kinds:
             raise TargetError(
-                f"feedforward: takes some layers of {min(kinds)} and not others; take all or none"
+                f"feedforward: matches only some layers of {min(kinds)}; select all or none"
             )
 
     def rescales_input(self, name: str) -> bool:
-        """Return whether the input of the site of this Hugging Face name is rescaled, in place of
-        its output.
-        """
+        """Return whether the input of the site, and not its output, is rescaled."""
         return full_match(self.feedforward_expression, name) is not None
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Make `l` of ones."""
+        """Initialize `l` to ones."""
         del kernel, rng
         n_in, n_out = site.shape
         return {
@@ -156,14 +153,14 @@ class IA3(Targeted):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Rescale what the site takes in, or what it puts out, `[..., in] -> [..., out]`."""
+        """Rescale the input or the output of the site, `[..., in] -> [..., out]`."""
         if call.leaves["ia3_l"].shape[-2:] == (call.x.shape[-1], 1):
             return call.base(call.each(_rescale, call.x))
         return call.each(_rescale, call.base(call.x))
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Return `l * W`, and `l * b` of a site whose output is rescaled."""
+        """Return `l * W`, and `l * b` if the output is rescaled."""
         scale = leaves["ia3_l"]
         folded = {"kernel": scale * base["kernel"]}
         if "bias" in base and scale.shape != (base["kernel"].shape[0], 1):

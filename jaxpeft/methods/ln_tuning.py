@@ -23,10 +23,10 @@ from jaxpeft.methods.selected import Selected, SelectedFormat
 
 @dataclass(frozen=True)
 class LNTuningFormat(SelectedFormat["LNTuning"]):
-    """How adapters of `LNTuning` stand in files."""
+    """The file format of `LNTuning` adapters."""
 
     def wrapper(self, method: LNTuning, path: Path, by: Method | None) -> str:
-        """Name the copy of the norm that PEFT trains."""
+        """Return the name of the copy of the norm that PEFT trains."""
         del path
         return "ln_tuning_layers." if by else ""
 

@@ -1,10 +1,10 @@
-"""LoftQ: A and B begin as what the quantized base lost, as far as their rank reaches.
+"""LoftQ: A and B are initialized to the best low-rank approximation of the quantization error.
 
     s A B = the r largest singular triples of W - Q
 
-`W` is the kernel as the model's files have it, `Q` the same kernel as the quantized base gives it.
-This is one round of the paper's alternation, which leaves `Q` as it is. The kernels are read from
-the files one after the other; a site whose kernel is not quantized starts as LoRA does.
+`W` is the kernel in the model's files and `Q` the dequantized kernel of the base. This is one round
+of the paper's alternation, which does not change `Q`. The kernels are read from the files one by
+one; a site whose kernel is not quantized is initialized as in LoRA.
 
 Li et al. 2023, "LoftQ: LoRA-Fine-Tuning-Aware Quantization for Large Language Models", section 3.2,
 algorithm 1 with T = 1 (arXiv:2310.08659).
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
-    """Return A and B the largest part of what the base lost.
+    """Initialize A and B from the quantization error.
 
     Args:
         method: LoRA with `init_weights="loftq"`.
@@ -38,7 +38,7 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
         `(method, params)`: a plain LoRA, and the tree with these A and B.
 
     Raises:
-        ConfigError: no kernel that is adapted is quantized, or the model has no files.
+        ConfigError: No adapted kernel is quantized, or the model has no files.
     """
     from jaxpeft import kernels
     from jaxpeft.core import paths
@@ -69,8 +69,8 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
         }
     if not made:
         raise ConfigError(
-            "method.init_weights: 'loftq' makes up for a quantized base, and no kernel that is"
-            " adapted is quantized; give another start"
+            "method.init_weights: 'loftq' needs a quantized base, but no adapted kernel is"
+            " quantized; choose another initialization"
         )
     tree = paths.map_with_path(made.get, params)
     return dataclasses.replace(method, init_weights="default"), tree

@@ -1,11 +1,11 @@
-r"""LoHa: the elementwise product of two low-rank matrices beside a frozen kernel.
+r"""LoHa: an update that is the elementwise product of two low-rank matrices.
 
     y = x W + s x ((B1 A1) * (B2 A2)),    B: [in, r],  A: [r, out],  s = alpha / r
 
 The product has rank up to `r^2`. It is itself a product of two matrices, one row of the first being
 the products of all pairs of `B1`'s and `B2`'s row, `[in, r^2]`, and likewise `[r^2, out]`: that way
 where it takes less work than the `[in, out]` matrix. `B2` starts at zero and the others uniform, so
-a fresh adapter leaves every output as it was.
+a fresh adapter does not change any output.
 
 Hyeon-Woo et al. 2021, "FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated
 Learning", proposition 1 (arXiv:2108.06098); as an adapter, with its two ways of dropout, Yeh et al.
@@ -54,7 +54,7 @@ class LoHa(Ranked):
     float32.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "loha"
@@ -76,19 +76,19 @@ class LoHa(Ranked):
             "module_dropout": "module_dropout",
         },
         required=("r", "alpha"),
-        # of convolutions alone
+        # only for convolutions
         ignored=frozenset({"init_weights", "use_effective_conv2d"}),
     )
 
     rank_dropout: float = option(
-        0.0, "rate at which outputs of the update are left out", at_least=0, below=1
+        0.0, "probability of dropping an output of the update", at_least=0, below=1
     )
     module_dropout: float = option(
-        0.0, "rate at which the whole update of a site is left out", at_least=0, below=1
+        0.0, "probability of dropping the entire update of a site", at_least=0, below=1
     )
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Make `B2` of zeros, the others uniform as PEFT has them."""
+        """Make `B2` of zeros, the others uniform as in PEFT."""
         del kernel
         (n_in, n_out), rank = site.shape, self.site_rank(site.name)
         keys = jax.random.split(rng, 3)
@@ -132,7 +132,7 @@ def _product(leaves: Leaves) -> Any:
 
 
 def uniform(key: Array, shape: tuple[int, ...], fan: int) -> Array:
-    """Draw float32 numbers uniform within 1/sqrt(fan): Kaiming with a = sqrt(5), as PEFT has it.
+    """Draw float32 numbers uniform within 1/sqrt(fan): Kaiming with a = sqrt(5), as in PEFT.
 
     Args:
         key: a key.

@@ -1,4 +1,4 @@
-r"""LoKr: a Kronecker product beside a frozen kernel, its factors of low rank where that is smaller.
+r"""LoKr: an update that is a Kronecker product, with low-rank factors where that is smaller.
 
     y = x W + s x (K1 (x) K2),    K1: [in1, out1],    K2: [in2, out2],    in = in1 in2,
         out = out1 out2,    s = alpha / r
@@ -6,8 +6,8 @@ r"""LoKr: a Kronecker product beside a frozen kernel, its factors of low rank wh
 `in` and `out` are split into two factors each, near to one another or with the first near to
 `decompose_factor`. `K2` is a product `B A` of rank r where r is below half its longer side, and so
 is `K1` with `decompose_both`. With `x` as a matrix `[in1, in2]` the product is `K1' x K2`, so the
-`[in, out]` matrix is never made. `K1` starts at zero, so a fresh adapter leaves every output as it
-was.
+`[in, out]` matrix is never formed. `K1` starts at zero, so a fresh adapter does not change any
+output.
 
 Yeh et al. 2023, "Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model
 Evaluation", section 3 (arXiv:2309.14859).
@@ -46,7 +46,7 @@ class LoKr(Ranked):
     `lokr_scale []`, and the rates of dropout where they are not zero, not trained. All float32.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "lokr"
@@ -76,22 +76,20 @@ class LoKr(Ranked):
         ignored=LoHa.peft.ignored,
     )
 
-    decompose_both: bool = option(False, "make the first factor of low rank as well")
+    decompose_both: bool = option(False, "also make the first factor low-rank")
     decompose_factor: int = option(
-        -1, "what the first factor of in and of out is near to; -1 for their square roots"
+        -1, "target size of the first factor of in and out; -1 for their square roots"
     )
     rank_dropout: float = option(
-        0.0, "rate at which outputs of the update are left out", at_least=0, below=1
+        0.0, "probability of dropping an output of the update", at_least=0, below=1
     )
-    rank_dropout_scale: bool = option(
-        False, "let outputs that stay grow by as much as others are left out"
-    )
+    rank_dropout_scale: bool = option(False, "scale up the outputs that rank_dropout does not drop")
     module_dropout: float = option(
-        0.0, "rate at which the whole update of a site is left out", at_least=0, below=1
+        0.0, "probability of dropping the entire update of a site", at_least=0, below=1
     )
 
     def problems(self) -> list[str]:
-        """List options that exclude each other."""
+        """List incompatible options."""
         wrong = self.decompose_factor < 1 and self.decompose_factor != -1
         found = (
             [f"decompose_factor: must be -1 or at least 1, is {self.decompose_factor}"]
@@ -101,7 +99,7 @@ class LoKr(Ranked):
         return super().problems() + found
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Make `K1`, or its `A`, of zeros, the others uniform as PEFT has them."""
+        """Make `K1`, or its `A`, of zeros, the others uniform as in PEFT."""
         del kernel
         rank = self.site_rank(site.name)
         (in1, in2), (out1, out2) = (factors(n, self.decompose_factor) for n in site.shape)

@@ -3,7 +3,7 @@ r"""LoRA: a low-rank update beside a frozen kernel.
     y = x W + s (D(x) A) B,    A: [in, r],    B: [r, out],
         s = alpha / r, or alpha / sqrt(r) with rsLoRA
 
-`D` is dropout. `A` starts uniform, `B` at zero, so a fresh adapter leaves every output as it was.
+`D` is dropout. `A` starts uniform, `B` at zero, so a fresh adapter does not change any output.
 `A` and `B` are float32 whatever the base is; the products run in the model's compute dtype. On an
 embedding `x` is the one-hot row of a token.
 
@@ -57,10 +57,10 @@ M = TypeVar("M", bound="LoRA")
 
 @dataclass(frozen=True)
 class LoRAFormat(TargetedFormat[M]):
-    """How adapters of `LoRA` stand in files."""
+    """The file format of `LoRA` adapters."""
 
     def pack(self, method: M, site: Site, leaves: Leaves) -> dict[str, Any]:
-        """Return A and B; the start that is taken off makes them those of twice the rank."""
+        """Return A and B; a subtracted initialization doubles the rank."""
         a, b = leaves["lora_a"], leaves["lora_b"]
         if "lora_a0" in leaves:
             a = jnp.concatenate([a, leaves["lora_a0"]], axis=1)
@@ -79,7 +79,7 @@ class LoRAFormat(TargetedFormat[M]):
         )
 
     def write_options(self, method: M) -> dict[str, Any]:
-        """Return the options of the plain LoRA that the files are."""
+        """Return the options of the equivalent plain LoRA."""
         return super().write_options(method.saved_form()) | {
             "init_lora_weights": True,
             "fan_in_fan_out": False,
@@ -92,12 +92,12 @@ class LoRAFormat(TargetedFormat[M]):
     def read_options(
         self, kind: type[M], config: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """Read LoRA's options; what changed the base when training began is refused."""
+        """Read LoRA's options; an initialization that changed the base is an error."""
         past = str(config.get("init_lora_weights", "")).lower()
         values, problems = super().read_options(kind, config)
         if past.startswith(_BASE_CHANGING):
             problems.append(
-                f"init_lora_weights: {past!r} changed the base when training began; save it"
+                f"init_lora_weights: {past!r} changed the base at initialization; save the adapter"
                 " converted to plain LoRA (in PEFT: save_pretrained(...,"
                 " path_initial_model_for_weight_conversion=...))"
             )
@@ -105,8 +105,8 @@ class LoRAFormat(TargetedFormat[M]):
 
 
 def _low_rank(leaves: Leaves, training: bool) -> tuple[Any, Any] | None:
-    """Return A and s B; None with dropout, a bias of B's own, or a start that is taken off, which
-    must cancel to the bit.
+    """Return A and s B; None with dropout, a LoRA bias, or a subtracted initialization, which must
+    cancel exactly.
     """
     if "lora_bias" in leaves or "lora_a0" in leaves or (training and "lora_dropout" in leaves):
         return None
@@ -118,11 +118,11 @@ class LoRA(Biased, Ranked):
     """Low-rank adaptation of linear sites and embeddings.
 
     Leaves of a site: `lora_a [in, r]`, `lora_b [r, out]` and, if asked for, `lora_bias [out]`,
-    trained; `lora_scale []`, `lora_dropout []` where the rate is not zero, and the start `lora_a0`,
+    trained; `lora_scale []`, `lora_dropout []` if the rate is not zero, and the start `lora_a0`,
     `lora_b0` where it is a part of the base, not trained. All float32.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "lora"
@@ -153,8 +153,7 @@ class LoRA(Biased, Ranked):
             "rank_pattern": "rank_pattern",
             "alpha_pattern": "alpha_pattern",
         },
-        # PEFT always writes both; its defaults in their place would be another adapter, without a
-        # word
+        # PEFT always writes both; using its defaults would silently change the adapter
         required=("r", "lora_alpha"),
         ignored=frozenset(
             {
@@ -174,33 +173,33 @@ class LoRA(Biased, Ranked):
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
     rslora: bool = option(False, "scale by alpha / sqrt(rank) in place of alpha / rank")
     bias: Literal["none", "all", "lora_only"] = bias_option()
-    lora_bias: bool = option(False, "train a bias beside B as well")
+    lora_bias: bool = option(False, "also train a bias of B")
     init_weights: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "loftq"] = (
-        option("default", "how A and B begin")
+        option("default", "initialization of A and B")
     )
-    lora_plus_ratio: float = option(1.0, "learning rate of B as a multiple of that of A", above=0)
-    eva_batches: int = option(8, "batches that the start 'eva' looks at", at_least=1)
+    lora_plus_ratio: float = option(1.0, "ratio of the learning rates of B and A", above=0)
+    eva_batches: int = option(8, "number of batches for the initialization 'eva'", at_least=1)
     eva_rho: float = option(
-        2.0, "most rank that the start 'eva' gives a site, as a multiple of rank", at_least=1
+        2.0, "maximum rank of a site with 'eva', as a multiple of rank", at_least=1
     )
 
     def problems(self) -> list[str]:
-        """List options that exclude each other."""
+        """List incompatible options."""
         found = super().problems()
         for name, usual in (("eva_batches", 8), ("eva_rho", 2.0)):
             if self.init_weights != "eva" and getattr(self, name) != usual:
                 found.append(
-                    f"{name}: is for init_weights 'eva', which is {self.init_weights!r}; remove it"
+                    f"{name}: needs init_weights 'eva', but it is {self.init_weights!r}; remove it"
                 )
         return found
 
     def site_scale(self, name: str) -> float:
-        """Return the scaling s at the site of this Hugging Face name."""
+        """Return the scaling s at the site with this Hugging Face name."""
         rank, alpha = self.site_rank(name), pattern_value(name, self.alpha_pattern, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Make A and B as `init_weights` says."""
+        """Initialize A and B according to `init_weights`."""
         rank, scale = self.site_rank(site.name), self.site_scale(site.name)
         a, b = starts.STARTS[self.init_weights](site, kernel, rank, scale, rng)
         leaves = {"lora_a": a, "lora_b": b, "lora_scale": jnp.asarray(scale, jnp.float32)}
@@ -213,13 +212,11 @@ class LoRA(Biased, Ranked):
         return leaves
 
     def rate(self, path: Path) -> float:
-        """Return B the learning rate of LoRA+."""
+        """Return the learning rate multiplier, LoRA+'s ratio for B."""
         return self.lora_plus_ratio if path[-1].endswith("_b") else 1.0
 
     def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
-        """Return A and B the start that the data or the model's files give, where `init_weights`
-        asks for one.
-        """
+        """Initialize A and B from data or the model's files if `init_weights` requires it."""
         begin = _FROM_RUN.get(self.init_weights)
         return begin(self, params, run) if begin is not None else (self, params)
 
@@ -236,7 +233,7 @@ class LoRA(Biased, Ranked):
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Return `W + s A B`, less the start that was a part of `W`."""
+        """Return `W + s A B`, minus the initialization if it is a part of `W`."""
         scale = leaves["lora_scale"]
         kernel = base["kernel"] + product(leaves["lora_a"], scale * leaves["lora_b"])
         if "lora_a0" in leaves:
@@ -246,7 +243,7 @@ class LoRA(Biased, Ranked):
         return {"kernel": kernel, "bias": base.get("bias", 0.0) + scale * leaves["lora_bias"]}
 
     def saved_form(self) -> Self:
-        """Return the plain LoRA that the files of this one are."""
+        """Return the equivalent plain LoRA, as which it is saved."""
         if self.init_weights not in starts.FROM_KERNEL:
             return dataclasses.replace(self, init_weights="default", eva_batches=8, eva_rho=2.0)
         more = math.sqrt(2) if self.rslora else 2
@@ -264,11 +261,11 @@ _FROM_RUN: Mapping[str, Callable[[LoRA, Leaves, Any], tuple[Method, Leaves]]] = 
     "eva": eva.start,
     "loftq": loftq.start,
 }
-"""The starts that wait for data or for the model's files."""
+"""The initializations that need data or the model's files."""
 
 
 def update(leaves: Leaves, x: Any) -> Any:
-    """Return `s (x A) B`, less the start, of `x` `[..., in]` or of token ids."""
+    """Return `s (x A) B`, minus the initialization, for `x` `[..., in]` or token ids."""
     scale = leaves["lora_scale"]
     out = _product(x, leaves["lora_a"], scale * leaves["lora_b"])
     if "lora_a0" in leaves:

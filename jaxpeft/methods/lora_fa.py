@@ -1,8 +1,8 @@
-r"""LoRA-FA: LoRA whose A stays as it began; B alone is trained.
+r"""LoRA-FA: LoRA with a frozen A; only B is trained.
 
     y = x W + s (D(x) A) B,    A: [in, r] frozen,  B: [r, out] trained
 
-The gradient of B needs `x A`, `r` numbers a token, and not the input `x` itself, which LoRA keeps
+The gradient of B needs only `x A`, `r` numbers per token, and not the input `x`, which LoRA saves
 for the gradient of A.
 
 Leaves, computation, and files are LoRA's: PEFT knows such an adapter as a plain LoRA, A included,
@@ -26,7 +26,7 @@ from jaxpeft.methods.lora import LoRA, LoRAFormat
 
 @dataclass(frozen=True)
 class LoRAFAFormat(LoRAFormat["LoRAFA"]):
-    """How adapters of `LoRAFA` stand in files."""
+    """The file format of `LoRAFA` adapters."""
 
     def reads(self, kind: type[LoRAFA], config: Mapping[str, Any]) -> bool:
         """Return False: its files are LoRA's."""
@@ -38,11 +38,10 @@ class LoRAFAFormat(LoRAFormat["LoRAFA"]):
 class LoRAFA(LoRA):
     """LoRA of linear sites with A frozen.
 
-    On an embedding A begins at zero, and would leave B without a gradient; such sites are not
-    adapted.
+    Embeddings are not adapted: there A starts at zero, so that B would have no gradient.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "lora_fa"
@@ -60,11 +59,11 @@ class LoRAFA(LoRA):
     )
 
     def problems(self) -> list[str]:
-        """List options that exclude each other, and the one that needs a trained A."""
+        """List incompatible options, and the one that needs a trained A."""
         found = super().problems()
         if self.lora_plus_ratio != 1:
             found.append(
-                "lora_plus_ratio: compares B with A, and A is not trained; set the learning rate"
-                " itself"
+                "lora_plus_ratio: has no effect, since A is not trained; set the learning rate"
+                " instead"
             )
         return found

@@ -1,4 +1,4 @@
-r"""The product with a low-rank matrix, `x A B`, and its gradient written for speed.
+r"""The product with a low-rank matrix, `x A B`, with a hand-written gradient for speed.
 
 Differentiating `(x @ a) @ b` by rule gives `B`'s gradient as `(dy^T h)^T`: XLA then copies the
 large `dy` into transposed order, and computes again, element by element in that order, whatever
@@ -26,8 +26,8 @@ def low_rank(x: Array, a: Array, b: Array) -> Array:
 
     Args:
         x: `[..., in]`, floating.
-        a: `[in, r]`; cast to the dtype of `x`, its gradient is summed in its own dtype.
-        b: `[r, out]`, likewise.
+        a: `[in, r]`; cast to the dtype of `x`, but its gradient is accumulated in its own dtype.
+        b: `[r, out]`, treated like `a`.
 
     Returns:
         `[..., out]`, in the dtype of `x`.
@@ -53,5 +53,5 @@ def _backward(kept: Any, dy: Array) -> tuple[Array, Array, Array]:
 
 
 def product(a: Any, b: Any) -> Any:
-    """Multiply float32 matrices without rounding them on the way."""
+    """Multiply float32 matrices in full precision."""
     return jnp.matmul(a, b, precision="highest")

@@ -1,15 +1,15 @@
-r"""MiSS: one small matrix that all shards of a frozen kernel share.
+r"""MiSS: one small matrix shared by all shards of a frozen kernel.
 
     y = x W + (x1 + ... + xn) D,    x = [x1, ..., xn], shards of r inputs each,  D: [r, out]
 
-The inputs are filled up with zeros where r does not divide them. `variant` chooses another form of
+The inputs are padded with zeros if r does not divide them. `variant` selects another form of
 `D`:
 
 * `mini`: `D` is `[r, mini_rank]`, repeated along the outputs;
 * `bat`: the update of the shard of r inputs and r outputs `Wij` of the kernel depends on the shard,
   `Dj' Wij + Dj'`, with one `Dj: [r, r]` for each r outputs.
 
-`D` starts at zero, so a fresh adapter leaves every output as it was.
+`D` starts at zero, so a fresh adapter does not change any output.
 
 Kang and Yin 2024, "MiSS: Balancing LoRA Performance and Efficiency with Simple Shard Sharing",
 section 3 (arXiv:2409.15371).
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MiSSFormat(TargetedFormat["MiSS"]):
-    """How adapters of `MiSS` stand in files."""
+    """The file format of `MiSS` adapters."""
 
     def write_options(self, method: MiSS) -> dict[str, Any]:
         """Return the options; PEFT names the variant in `init_weights`."""
@@ -49,7 +49,7 @@ class MiSSFormat(TargetedFormat["MiSS"]):
     def read_options(
         self, kind: type[MiSS], config: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """Read MiSS's options; any other start than that of a variant is the one in balance."""
+        """Read MiSS's options; an initialization that is not a variant means `balance`."""
         values, problems = super().read_options(kind, config)
         start = config.get("init_weights")
         return values | {"variant": start if isinstance(start, str) else "balance"}, problems
@@ -60,10 +60,10 @@ class MiSS(Biased):
     """Shard sharing at linear sites.
 
     Leaves of a site: `miss_block`, `[r, out]`, of `mini` `[r, mini_rank]`, of `bat` `[out / r, r,
-    r]`, trained; `miss_dropout []` where the rate is not zero, not trained. All float32.
+    r]`, trained; `miss_dropout []` if the rate is not zero, not trained. All float32.
 
     Raises:
-        ConfigError: an option is out of range, options exclude each other, or the shards do not fit
+        ConfigError: An option is out of range, options are incompatible, or the shards do not fit
             a site.
     """
 
@@ -72,7 +72,7 @@ class MiSS(Biased):
     leaves: ClassVar[LeafSpec] = LeafSpec(
         site=("miss_block", "miss_dropout"),
         trained=frozenset({"miss_block"}),
-        # zeros compute it, but would be trained
+        # zeros compute the base, but would not stay zero in training
         zero_is_base=False,
     )
     peft: ClassVar[PeftFormat[Any]] = MiSSFormat(
@@ -97,10 +97,10 @@ class MiSS(Biased):
     bias: Literal["none", "all", "MiSS_only"] = bias_option()
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Make the shared matrix of zeros.
+        """Initialize the shared matrix to zeros.
 
         Raises:
-            ConfigError: the shards do not fit the site.
+            ConfigError: The shards do not fit the site.
         """
         del kernel, rng
         (n_in, n_out), rank = site.shape, self.rank
@@ -109,17 +109,17 @@ class MiSS(Biased):
             "mini": (rank, self.mini_rank),
             "bat": (n_out // rank, rank, rank),
         }
-        whole = {
+        fits = {
             "balance": True,
             "mini": n_out % self.mini_rank == 0,
             "bat": not (n_in % rank or n_out % rank),
         }
-        if rank > n_in or not whole[self.variant]:
+        if rank > n_in or not fits[self.variant]:
             shards = f"rank {rank}" + (
                 f" and mini_rank {self.mini_rank}" if self.variant == "mini" else ""
             )
             raise ConfigError(
-                f"miss: the kernel of {site.name}, {n_in} by {n_out}, does not split by {shards}"
+                f"miss: the kernel of {site.name}, {n_in} by {n_out}, is not divisible by {shards}"
             )
         leaves = {"miss_block": jnp.zeros(shapes[self.variant], jnp.float32)}
         return leaves | (

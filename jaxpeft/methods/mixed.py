@@ -1,4 +1,4 @@
-"""Several methods at once, on different sites: one method made of methods.
+"""Mixed methods: several methods at once, on different sites.
 
     LoRA on attention, adapters on feed-forward, BitFit on norms
 
@@ -22,17 +22,17 @@ from jaxpeft.core.peft_format import PeftFormat
 
 
 def _read(values: Mapping[str, Any], where: str) -> tuple[Method | None, list[str]]:
-    from jaxpeft import methods  # the table that this method stands in
+    from jaxpeft import methods  # imported here because it imports this module
 
     return methods.read(values, where)
 
 
 @dataclass(frozen=True)
 class MixedFormat(PeftFormat["Mixed"]):
-    """How adapters of `Mixed` stand in files."""
+    """The file format of `Mixed` adapters."""
 
     def wrapper(self, method: Mixed, path: Path, by: Method | None) -> str:
-        """Return what the part does; PEFT keeps a part beside another in a module of its own."""
+        """Return the part's infix, within PEFT's module for an additional method."""
         inner = by.peft.wrapper(by, path, by) if by else ""
         held = next((part.peft.beside for part in method.methods if part.peft.beside), None)
         return f"{held.module}.{inner}" if held and by and by.name == held.method else inner
@@ -40,10 +40,10 @@ class MixedFormat(PeftFormat["Mixed"]):
 
 @dataclass(frozen=True, kw_only=True)
 class Mixed(Method):
-    """A method made of methods, in the order in which they are applied.
+    """A combination of methods, in the order in which they are applied.
 
-    Two of them may not put the same leaves at one site; where they are of the same kind, their
-    targets must not overlap.
+    Two of them cannot add the same leaves to one site, so methods of the same kind must not have
+    overlapping targets.
     """
 
     name: ClassVar[str] = "mixed"
@@ -55,22 +55,22 @@ class Mixed(Method):
     )
 
     def problems(self) -> list[str]:
-        """List what cannot be put together."""
+        """List incompatible methods."""
         found = (
-            ["methods: names fewer than two; use the method itself"]
+            ["methods: must name at least two methods; use the method itself"]
             if len(self.methods) < 2
             else []
         )
         found += [
-            "methods: holds a mixed method; write its methods out"
+            "methods: contains a mixed method; list its methods instead"
             for m in self.methods
             if isinstance(m, Mixed)
         ]
-        whole = [m.name for m in self.methods if m.leaves.root]
-        if len(set(whole)) < len(whole) or len(whole) > 1:
+        rooted = [m.name for m in self.methods if m.leaves.root]
+        if len(set(rooted)) < len(rooted) or len(rooted) > 1:
             found.append(
-                f"methods: {' and '.join(whole)} each keep leaves for the whole model; take one of"
-                " them"
+                f"methods: {' and '.join(rooted)} each have leaves for the entire model; use only"
+                " one of them"
             )
         for i, part in enumerate(self.methods):
             for other in self.methods[:i]:
@@ -80,36 +80,36 @@ class Mixed(Method):
                     and part.leaves.trained != other.leaves.trained
                 ):
                     found.append(
-                        f"methods: {other.name} and {part.name} train other ones of the same"
-                        " leaves; take one of them"
+                        f"methods: {other.name} and {part.name} share leaves but train different"
+                        " ones; use only one of them"
                     )
                 if type(part) is type(other) and isinstance(part, training_hooks.Optimizing):
                     found.append(
-                        f"methods: two {part.name} would each wrap the optimizer; put the sites of"
-                        " both into one"
+                        f"methods: two {part.name} would each wrap the optimizer; combine their"
+                        " sites in one"
                     )
             if getattr(part, "init_weights", "") == "eva":
                 found.append(
-                    "methods: init_weights 'eva' gives ranks to the sites of one method alone; take"
-                    " another start"
+                    "methods: init_weights 'eva' does not support several methods; choose another"
+                    " initialization"
                 )
         return found
 
     def parts(self) -> tuple[Method, ...]:
-        """Return the methods, the first with the modules that the whole saves."""
+        """Return the methods."""
         return self.methods
 
     def trains(self, path: Path, params: Leaves) -> bool:
-        """Train what any of the methods trains."""
+        """Return whether any of the methods trains a leaf."""
         return any(part.trains(path, params) for part in self.methods)
 
     def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
-        """Start each method; each sees the model with those before it."""
-        made: list[Method] = []
+        """Initialize each method from the tree as initialized by the ones before it."""
+        methods: list[Method] = []
         for part in self.methods:
-            begun, params = training_hooks.start(part, params, run)
-            made.append(begun)
-        return Mixed(methods=tuple(made), modules_to_save=self.modules_to_save), params
+            started, params = training_hooks.start(part, params, run)
+            methods.append(started)
+        return Mixed(methods=tuple(methods), modules_to_save=self.modules_to_save), params
 
     def as_dict(self) -> dict[str, Any]:
         """Return the options as plain values."""

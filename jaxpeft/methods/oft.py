@@ -1,5 +1,5 @@
-r"""OFT: the input of a frozen kernel is rotated, block by block, so that the angles between its
-columns stay as they are.
+r"""OFT: the input of a frozen kernel is rotated block by block, which preserves the angles between
+its columns.
 
     y = (x R) W + b,    R = diag(R1, ..., Rb),    Ri: [k, k] orthogonal,  in = b k
 
@@ -10,7 +10,7 @@ of the Neumann series of its inverse (as in PEFT):
     R = I + 2 S + 2 S^2 + ... + 2 S^(n-2) + S^(n-1),    n = neumann_terms
 
 With `eps` (COFT) each `S` is kept within a ball about zero, of radius `eps / sqrt(b)` in Frobenius
-norm. `S` starts at zero, so a fresh adapter leaves every output as it was.
+norm. `S` starts at zero, so a fresh adapter does not change any output.
 
 Qiu et al. 2023, "Controlling Text-to-Image Diffusion by Orthogonal Finetuning", section 3
 (arXiv:2306.07280); on the input's side and with the Neumann series, Qiu et al. 2025, "Orthogonal
@@ -45,12 +45,10 @@ _SIZE, _TERMS, _TINY = 32, 5, 1e-30
 
 @dataclass(frozen=True)
 class OFTFormat(TargetedFormat["OFT"]):
-    """How adapters of `OFT` stand in files."""
+    """The file format of `OFT` adapters."""
 
     def write_options(self, method: OFT) -> dict[str, Any]:
-        """Return the options; the version says that the Neumann series is that of PEFT since
-        0.18.
-        """
+        """Return the options; the version marks the Neumann series of PEFT since 0.18."""
         size = 0 if method.blocks else method.block_size or _SIZE
         own = {
             "r": method.blocks or 0,
@@ -71,9 +69,7 @@ class OFTFormat(TargetedFormat["OFT"]):
     def read_options(
         self, kind: type[OFT], config: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """Read OFT's options; the Neumann series from before PEFT 0.18, which was another, is
-        refused.
-        """
+        """Read OFT's options; the different Neumann series before PEFT 0.18 is an error."""
         values, problems = super().read_options(kind, config)
         values = {
             key: value
@@ -87,8 +83,9 @@ class OFTFormat(TargetedFormat["OFT"]):
         version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version")))
         if series and (version is None or (int(version[1]), int(version[2])) < (0, 18)):
             problems.append(
-                f"use_cayley_neumann: peft_version is {config.get('peft_version')!r}, and before"
-                " PEFT 0.18 the series was another one; train it anew, or merge it there"
+                f"use_cayley_neumann: peft_version is {config.get('peft_version')!r}, but the"
+                " series was different before PEFT 0.18; train the adapter again, or merge it in"
+                " that version"
             )
         return values, problems
 
@@ -105,7 +102,7 @@ class OFT(Biased):
     for, not trained. All float32.
 
     Raises:
-        ConfigError: an option is out of range, options exclude each other, or blocks would be of
+        ConfigError: An option is out of range, options are incompatible, or blocks would be of
             one element.
     """
 
@@ -114,7 +111,7 @@ class OFT(Biased):
     leaves: ClassVar[LeafSpec] = LeafSpec(
         site=("oft_r", "oft_terms", "oft_eps", "oft_dropout"),
         trained=frozenset({"oft_r"}),
-        # zeros compute it, but would be trained
+        # zeros compute the base, but would not stay zero in training
         zero_is_base=False,
     )
     peft: ClassVar[PeftFormat[Any]] = OFTFormat(
@@ -144,10 +141,10 @@ class OFT(Biased):
     )
 
     block_size: int | None = option(
-        None, f"size k of the blocks; None for {_SIZE}, or what blocks asks for", at_least=2
+        None, f"size k of the blocks; None for {_SIZE}, or as implied by blocks", at_least=2
     )
-    blocks: int | None = option(None, "number b of blocks, in place of block_size", at_least=1)
-    block_share: bool = option(False, "rotate all blocks of a site alike")
+    blocks: int | None = option(None, "number b of blocks, instead of block_size", at_least=1)
+    block_share: bool = option(False, "use the same rotation for all blocks of a site")
     neumann_terms: int = option(
         _TERMS,
         "terms n of the Neumann series; 0 for the exact Cayley transform",
@@ -155,20 +152,19 @@ class OFT(Biased):
         at_most=1000,
     )
     eps: float | None = option(
-        None, "radius that COFT keeps S within, times sqrt(b); None for no limit", above=0
+        None, "bound of COFT on the norm of S, times sqrt(b); None for no bound", above=0
     )
-    dropout: float = option(0.0, "rate at which a block is not rotated", at_least=0, below=1)
+    dropout: float = option(0.0, "probability that a block is not rotated", at_least=0, below=1)
     bias: Literal["none", "all", "oft_only"] = bias_option()
 
     def problems(self) -> list[str]:
-        """List options that exclude each other."""
+        """List incompatible options."""
         found = super().problems()
         if self.blocks is not None and self.block_size is not None:
-            found.append("blocks: is in place of block_size; remove one of them")
+            found.append("blocks: replaces block_size; remove one of them")
         if self.neumann_terms == 1:
             found.append(
-                "neumann_terms: one term is the identity, which trains nothing; give at least 2,"
-                " or 0"
+                "neumann_terms: one term is the identity, which has no effect; set at least 2, or 0"
             )
         return found
 
@@ -176,7 +172,7 @@ class OFT(Biased):
         """Return the size of the blocks at a site.
 
         Raises:
-            ConfigError: it would be one, which nothing rotates in.
+            ConfigError: The size would be 1, which has no rotation.
         """
         n_in = site.shape[0]
         if self.blocks is None:
@@ -185,19 +181,19 @@ class OFT(Biased):
             size = n_in // rotations.nearest_divisor(n_in, self.blocks)
         if size == 1:
             raise ConfigError(
-                f"oft: {site.name} takes {n_in} inputs, which would make blocks of one; choose"
-                " other blocks"
+                f"oft: {site.name} has {n_in} inputs, so the blocks would have size 1; choose other"
+                " blocks"
             )
         return size
 
     def init(self, site: Site, kernel: Kernel, rng: Array) -> dict[str, Array]:
-        """Make `S` of zeros."""
+        """Initialize `S` to zeros."""
         del kernel, rng
         size = self.site_block_size(site)
         count = 1 if self.block_share else site.shape[0] // size
         leaves = {"oft_r": jnp.zeros((count, size * (size - 1) // 2), jnp.float32)}
         if self.neumann_terms:
-            # three terms are PEFT's four
+            # PEFT uses four terms for three
             ends = (
                 [2.0]
                 if self.neumann_terms == 2
@@ -212,9 +208,7 @@ class OFT(Biased):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Compute `(x R) W + b`, `[..., in] -> [..., out]`; dropout leaves whole blocks as they
-        are.
-        """
+        """Compute `(x R) W + b`, `[..., in] -> [..., out]`; dropout skips entire blocks."""
         drawn, stay = dropping.rate(call, "oft_dropout"), None
         if drawn is not None:
             size = _size(call.leaves["oft_r"].shape[-1])
@@ -248,20 +242,20 @@ def _difference(leaves: Leaves) -> Any:
 
 
 def _project(vectors: Any, eps: Any) -> Any:
-    """Shrink each `S` that is outside of the ball of COFT onto it."""
+    """Project each `S` onto the ball of COFT."""
     radius = eps / math.sqrt(vectors.shape[0])
     squares = 2.0 * jnp.sum(jnp.square(vectors), axis=1, keepdims=True)
     return vectors * radius / jnp.sqrt(jnp.maximum(jnp.maximum(squares, jnp.square(radius)), _TINY))
 
 
 def _size(numbers: int) -> int:
-    """Return the size of a block of which so many numbers stand above the diagonal."""
+    """Return the size of a block from the number of entries above its diagonal."""
     return (1 + math.isqrt(1 + 8 * numbers)) // 2
 
 
 def _skew(vectors: Any) -> Any:
-    """Make skew-symmetric matrices of the numbers above their diagonals, row by row: `[b, k (k - 1)
-    / 2] -> [b, k, k]`.
+    """Build skew-symmetric matrices from the entries above the diagonal, `[b, k (k - 1) / 2] -> [b,
+    k, k]`.
     """
     size = _size(vectors.shape[1])
     rows, columns = jnp.triu_indices(size, 1)

@@ -1,4 +1,4 @@
-"""Prefix tuning: trained keys and values in front of each layer's own.
+"""Prefix tuning: trained keys and values before each layer's own.
 
     h = softmax(q [P_k; K]^T / sqrt(d)) [P_v; V],    P: [n, layers, 2, w]
 
@@ -51,10 +51,10 @@ _ROOT_LEAVES = (
 
 @dataclass(frozen=True)
 class PrefixTuningFormat(VirtualTokensFormat["PrefixTuning"]):
-    """How adapters of `PrefixTuning` stand in files."""
+    """The file format of `PrefixTuning` adapters."""
 
     def base_sizes(self, method: PrefixTuning, params: Leaves, config: Any) -> dict[str, Any]:
-        """Return the sizes of the base; heads are those of the keys."""
+        """Return the sizes of the base, with the number of key heads."""
         width, heads = layers_and_width(params)[1], config.num_attention_heads
         sizes = {
             "token_dim": width,
@@ -65,14 +65,14 @@ class PrefixTuningFormat(VirtualTokensFormat["PrefixTuning"]):
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTuning(VirtualTokens):
-    """Trained keys and values in front of each layer's own.
+    """Trained keys and values before each layer's own.
 
     Leaves at the root: `prefix_embeddings [n, layers, 2, w]`, with `projection` `[n, w]` and the
     network's `prefix_w1`, `prefix_b1`, `prefix_w2`, `prefix_b2`, all trained; `prefix_dropout []`
-    where the rate is not zero.
+    if the rate is not zero.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "prefix"
@@ -88,7 +88,7 @@ class PrefixTuning(VirtualTokens):
     )
 
     projection: bool = option(
-        False, "train a network that makes the table, in place of the table itself"
+        False, "train a network that produces the table, instead of the table"
     )
     encoder_hidden_size: int | None = option(
         None, "width of that network; None for that of the keys", at_least=1
@@ -97,28 +97,28 @@ class PrefixTuning(VirtualTokens):
         0.0, "rate of dropout on keys and values of the prefix", at_least=0, below=1
     )
     init_weights: Literal["normal", "zero"] = option(
-        "normal", "start from N(0, 1), or from keys and values of zero"
+        "normal", "initialize with N(0, 1), or with keys and values of zero"
     )
     init_tokens: tuple[int, ...] = option(
-        (), "start from these tokens' keys and values, repeated or cut", at_least=0
+        (), "initialize with the keys and values of these tokens, repeated or truncated", at_least=0
     )
 
     def problems(self) -> list[str]:
-        """List options that exclude each other."""
+        """List incompatible options."""
         found: list[str] = []
         if self.init_tokens and self.projection:
             found.append(
-                "init_tokens: cannot go with projection: no input of the network is known to give"
-                " their keys"
+                "init_tokens: cannot be used with projection, since the network has no known input"
+                " for their keys"
             )
         if self.init_tokens and self.init_weights == "zero":
-            found.append("init_tokens: cannot go with init_weights 'zero'; remove one of them")
+            found.append("init_tokens: cannot be used with init_weights 'zero'; remove one of them")
         return found
 
     def init_root(
         self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array
     ) -> dict[str, jax.Array]:
-        """Make the table, or the network that makes it."""
+        """Initialize the table, or the network that produces it."""
         del sites
         layers, width = layers_and_width(params)
         keys, zero = jax.random.split(rng, 3), self.init_weights == "zero"
@@ -135,7 +135,7 @@ class PrefixTuning(VirtualTokens):
         )
 
     def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
-        """Return the table the keys and values of `init_tokens`, if there are any."""
+        """Initialize the table to the keys and values of `init_tokens`, if given."""
         if not self.init_tokens:
             return self, params
         ids = repeat_tokens(
@@ -167,12 +167,10 @@ class PrefixTuning(VirtualTokens):
 
 @dataclass(frozen=True, kw_only=True)
 class PTuningV2(PrefixTuning):
-    """Deep prompts: prefix tuning as it is used for classification and generation alike, with its
-    own defaults.
+    """Deep prompts: prefix tuning for classification and generation, with different defaults.
 
-    Every layer has its own prompt, trained itself rather than through a network, beside a plain
-    classification head; dropout acts on the prompts. Files are those of prefix tuning, and so is
-    what is read from them.
+    Every layer has its own directly trained prompt, next to a plain classification head; dropout
+    acts on the prompts. Files have the format of prefix tuning, and are loaded as such.
 
     Liu et al. 2021, "P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across
     Scales and Tasks", section 3 (arXiv:2110.07602); the defaults of network and dropout are those

@@ -1,4 +1,4 @@
-"""Prompt tuning: trained embeddings in front of those of a row's tokens.
+"""Prompt tuning: trained embeddings before those of a row's tokens.
 
     model([P; E(x)]),    P: [n, hidden]
 
@@ -36,12 +36,12 @@ _ROOT_LEAVES = ("prompt_embeddings",)
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuning(VirtualTokens):
-    """Trained embeddings in front of those of a row's tokens.
+    """Trained embeddings before those of a row's tokens.
 
     Leaf at the root: `prompt_embeddings [n, hidden]`, trained.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "prompt"
@@ -63,27 +63,29 @@ class PromptTuning(VirtualTokens):
     )
 
     init_weights: Literal["vocabulary", "normal"] = option(
-        "vocabulary", "start from rows of the word embedding, drawn at random, or from N(0, 1)"
+        "vocabulary", "initialize with random rows of the word embedding, or with N(0, 1)"
     )
     init_tokens: tuple[int, ...] = option(
-        (), "start from the embeddings of these tokens, repeated or cut", at_least=0
+        (), "initialize with the embeddings of these tokens, repeated or truncated", at_least=0
     )
     init_text: str = option(
-        "", "start from the embeddings of this text's tokens, repeated or cut; in training only"
+        "", "initialize with the embeddings of this text, repeated or truncated; only in training"
     )
 
     def problems(self) -> list[str]:
-        """List options that exclude each other."""
-        given = [name for name in ("init_tokens", "init_text") if getattr(self, name)]
-        given += ["init_weights"] if self.init_weights == "normal" else []
+        """List incompatible options."""
+        names = [name for name in ("init_tokens", "init_text") if getattr(self, name)]
+        names += ["init_weights"] if self.init_weights == "normal" else []
         return (
-            [f"{given[0]}: cannot go with {given[1]}; remove one of them"] if len(given) > 1 else []
+            [f"{names[0]}: cannot be used with {names[1]}; remove one of them"]
+            if len(names) > 1
+            else []
         )
 
     def init_root(
         self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array
     ) -> dict[str, jax.Array]:
-        """Make the table; where it starts from a text, as if there were none."""
+        """Initialize the table; `init_text` is applied later, in `start`."""
         del sites
         vocab, hidden = word_embedding(params).shape
         if self.init_weights == "normal":
@@ -101,9 +103,7 @@ class PromptTuning(VirtualTokens):
         return {"prompt_embeddings": rows_of(params, ids)}
 
     def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
-        """Return the table the embeddings of `init_text`, if there is any, with the marks that the
-        tokenizer sets around it.
-        """
+        """Initialize the table to the embeddings of `init_text`, with special tokens, if given."""
         if not self.init_text:
             return self, params
         tokens = run.tokenizer(self.init_text)["input_ids"] if run.tokenizer is not None else []
@@ -113,7 +113,7 @@ class PromptTuning(VirtualTokens):
                 if run.tokenizer is None
                 else f"{self.init_text!r} has no tokens"
             )
-            raise ConfigError(f"init_text: {why}; give init_tokens")
+            raise ConfigError(f"init_text: {why}; use init_tokens")
         ids = repeat_tokens(tokens, self.num_virtual_tokens, word_embedding(params).shape[0])
         return self, {**params, "prompt_embeddings": rows_of(run.base, ids)}
 

@@ -1,4 +1,4 @@
-"""P-tuning: prompt tuning whose embeddings come from a small network, and that is trained.
+"""P-tuning: prompt tuning whose embeddings are produced by a small trained network.
 
     mlp:   P = relu(relu(E W1 + b1) W2 + b2) W3 + b3,
         W1: [hidden, e], W2: [e, e], W3: [e, hidden]
@@ -57,19 +57,19 @@ _ROOT_LEAVES = (
 
 @dataclass(frozen=True)
 class PTuningFormat(VirtualTokensFormat["PTuning"]):
-    """How adapters of `PTuning` stand in files."""
+    """The file format of `PTuning` adapters."""
 
     def read_options(
         self, kind: type[PTuning], config: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """Read the options: the encoder is no part of a file."""
+        """Read the options; files do not contain the encoder."""
         values, problems = super().read_options(kind, config)
         return values | {"encoder": "none"}, problems
 
 
 @dataclass(frozen=True, kw_only=True)
 class PTuning(VirtualTokens):
-    """Embeddings in front of those of a row's tokens, which a network makes.
+    """Embeddings before those of a row's tokens, produced by a network.
 
     Leaves at the root, trained: `ptuning_embeddings [n, hidden]`, and those of the network:
     `ptuning_w1`, `ptuning_b1` and so on, and of the LSTMs, by direction, `ptuning_x1 [2, hidden,
@@ -77,7 +77,7 @@ class PTuning(VirtualTokens):
     [2, 2, 4e]`.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "ptuning"
@@ -97,24 +97,20 @@ class PTuning(VirtualTokens):
         },
     )
 
-    encoder: Literal["mlp", "lstm", "none"] = option("mlp", "the network that makes the embeddings")
+    encoder: Literal["mlp", "lstm", "none"] = option("mlp", "network that produces the embeddings")
     encoder_hidden_size: int | None = option(
         None, "width e of that network; None for the model's", at_least=1
     )
 
     def problems(self) -> list[str]:
-        """List options that exclude each other."""
+        """List incompatible options."""
         lost = self.encoder == "none" and self.encoder_hidden_size is not None
-        return (
-            ["encoder_hidden_size: there is no network with encoder 'none'; remove it"]
-            if lost
-            else []
-        )
+        return ["encoder_hidden_size: has no effect with encoder 'none'; remove it"] if lost else []
 
     def init_root(
         self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array
     ) -> dict[str, jax.Array]:
-        """Make the embeddings, and the network as torch begins one."""
+        """Initialize the embeddings, and the network as in torch."""
         del sites
         hidden = word_embedding(params).shape[1]
         e, keys = self.encoder_hidden_size or hidden, jax.random.split(rng, 8)
@@ -202,5 +198,5 @@ def bidirectional_lstm(
             step, (zero, zero), jnp.matmul(x, x_kernel, precision="highest") + bias
         )[1]
 
-    there, back = jax.vmap(one_way)(jnp.stack([x, x[::-1]]), x_kernel, h_kernel, bias)
-    return jnp.concatenate([there, back[::-1]], axis=1)
+    forward, backward = jax.vmap(one_way)(jnp.stack([x, x[::-1]]), x_kernel, h_kernel, bias)
+    return jnp.concatenate([forward, backward[::-1]], axis=1)

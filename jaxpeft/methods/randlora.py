@@ -1,5 +1,4 @@
-r"""RandLora: an update of full rank, made of random bases that all sites share and scaled by
-trained diagonals.
+r"""RandLora: a full-rank update from shared random bases scaled by trained diagonals.
 
     y = x W + s D(x) sum_j (G_j A' L_j) B_j',    s = alpha / r,  j < n = ceil(min(in, out) / r)
 
@@ -8,7 +7,7 @@ largest adapted site, m and M being the smaller and the larger of its two sizes;
 takes its part of them (`A'`, `B'`). `L_j = diag(lambda[j])` `[r]` and `G_j = diag(gamma[:, j])`
 `[min(in, out)]` are trained. This is for in <= out; otherwise the product is transposed, so that
 the trained numbers are always on the smaller side. `lambda` starts at zero, so a fresh adapter
-leaves every output as it was. `D` is dropout.
+does not change any output. `D` is dropout.
 
 PEFT pairs row `k` of the flattened bases, counted `(i, j)` over ranks and bases in A and `(j, i)`
 in B. Its files mean that, and so it is done here; for a random B it is only another order of the
@@ -40,7 +39,7 @@ from jaxpeft.methods.vera import VeRA, drop_projections, largest_sizes
 
 @dataclass(frozen=True)
 class RandLoraFormat(TargetedFormat["RandLora"]):
-    """How adapters of `RandLora` stand in files."""
+    """The file format of `RandLora` adapters."""
 
     def write_options(self, method: RandLora) -> dict[str, Any]:
         """Return the options; the bases are always in the file."""
@@ -54,10 +53,9 @@ class RandLoraFormat(TargetedFormat["RandLora"]):
     def read_options(
         self, kind: type[RandLora], config: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """Read the options; a file without its bases is refused."""
-        kinds = [
-            kind for kind in ("very_sparse", "sparse") if config.get(kind)
-        ]  # in PEFT the first of them wins
+        """Read the options; a file without its bases is an error."""
+        # in PEFT the first of them takes precedence
+        kinds = [kind for kind in ("very_sparse", "sparse") if config.get(kind)]
         values, problems = super().read_options(kind, config)
         return values | ({"bases": kinds[0]} if kinds else {}), [
             *problems,
@@ -70,11 +68,11 @@ class RandLora(Biased):
     """Trained diagonals around shared random bases.
 
     Leaves of a site: `randlora_lambda [n, r]`, `randlora_gamma [min(in, out), n]`, trained;
-    `randlora_scale []`, `randlora_dropout []` where the rate is not zero. At the root: `randlora_a
+    `randlora_scale []`, `randlora_dropout []` if the rate is not zero. At the root: `randlora_a
     [r, 1, m]`, `randlora_b [M, n, r]`, not trained. All float32.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "randlora"
@@ -105,18 +103,19 @@ class RandLora(Biased):
     )
 
     rank: int = option(
-        32, "rank r of one random basis; the smaller, the more is trained", at_least=1
+        32, "rank r of each random basis; a smaller rank trains more parameters", at_least=1
     )
     alpha: float = option(640.0, "numerator of the scaling alpha / rank", above=0)
     dropout: float = option(0.0, "rate of dropout on the input of the update", at_least=0, below=1)
     bases: Literal["dense", "sparse", "very_sparse"] = option(
         "dense",
-        "uniform bases, or of -1, 0 and 1: two thirds zeros, or all but 1 / sqrt(m) of them",
+        "uniform bases, or values -1, 0, 1 with 1/3 nonzero ('sparse') or 1/sqrt(m) nonzero"
+        " ('very_sparse')",
     )
     bias: Literal["none", "all", "randlora_only"] = bias_option()
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Make lambda zero and gamma constant."""
+        """Initialize lambda to zero and gamma to a constant."""
         del kernel, rng
         smaller = min(site.shape)
         n = math.ceil(smaller / self.rank)
@@ -132,7 +131,7 @@ class RandLora(Biased):
     def init_root(
         self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array
     ) -> dict[str, jax.Array]:
-        """Make the bases, of unit variance."""
+        """Draw the bases, with unit variance."""
         del params
         smaller, larger = sorted(largest_sizes(sites))
         shapes = (self.rank, 1, smaller), (larger, math.ceil(smaller / self.rank), self.rank)

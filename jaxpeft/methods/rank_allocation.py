@@ -1,5 +1,4 @@
-r"""AdaLoRA's allocation of ranks: an optimizer around the optimizer, whose state holds all that it
-goes by.
+r"""AdaLoRA's rank allocation: a wrapper of the optimizer, with all of its data in its state.
 
 It keeps, for each element w of A, e and B, with its gradient g and its new value w,
 
@@ -39,11 +38,11 @@ class Allocation(NamedTuple):
     """The state of the optimizer.
 
     Attributes:
-        step: steps done, int32 scalar.
+        step: number of completed steps, int32 scalar.
         sensitivity: average of |w g| of each element of A, e and B.
-        uncertainty: average of how far from it the values were.
-        kept: bool, the entries of e that the last allocation left.
-        inner: the state of the optimizer that is wrapped.
+        uncertainty: average of the deviation from the sensitivity.
+        kept: bool, the entries of e kept by the last allocation.
+        inner: state of the wrapped optimizer.
     """
 
     step: Any
@@ -59,12 +58,12 @@ def allocate_ranks(
     """Wrap an optimizer so that it allocates the ranks.
 
     Args:
-        method: with the schedule.
-        inner: the optimizer, over the trained part of the tree.
-        steps: of the whole run.
+        method: the method, with the schedule.
+        inner: the optimizer of the trained part of the tree.
+        steps: number of steps of the run.
 
     Raises:
-        ConfigError: the run is too short for its first and last steps.
+        ConfigError: The run is too short for `initial_steps` and `final_steps`.
     """
     import optax
 
@@ -126,14 +125,14 @@ def allocate_ranks(
 
 
 def entries(a: Any) -> Any:
-    """Return which entries are no padding of a stack, `[..., in, r]` to `[..., r]`: those whose
-    column of A is not zero.
+    """Return which entries are not padding, `[..., in, r]` to `[..., r]`: their column of A is
+    nonzero.
     """
     return jnp.any(a != 0, axis=-2)
 
 
 def _entries_to_zero(method: AdaLoRA, step: Any, end: int, there: Mapping[Path, Any]) -> Any:
-    """Return how many entries are to be zero at a step, int32; none where it is below one."""
+    """Return the number of entries to set to zero at a step, int32; may be negative."""
     initial, sites = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     for flags in there.values():
         initial += jnp.sum(flags.astype(jnp.int32))
@@ -145,9 +144,7 @@ def _entries_to_zero(method: AdaLoRA, step: Any, end: int, there: Mapping[Path, 
 
 
 def _best(first: Tree, second: Tree, there: Mapping[Path, Any], cut: Any) -> dict[Path, Any]:
-    """Return for each e which entries are kept: all but the `cut` worst of all sites, and those
-    that are as bad as they.
-    """
+    """Return which entries of each e are kept: all except the `cut` worst of all sites and ties."""
     scores: dict[Path, Any] = {}
     for path, flags in there.items():
         a, e, b = (

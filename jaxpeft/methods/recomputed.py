@@ -1,6 +1,4 @@
-"""The product with a matrix that is made of fewer numbers, as large as a kernel, and kept for no
-longer than the product.
-"""
+"""The product with a kernel-sized matrix that is computed from fewer values and not saved."""
 
 from __future__ import annotations
 
@@ -12,12 +10,11 @@ from jaxpeft.lazy import jax
 
 
 def multiply(make: Callable[[Leaves], Any], leaves: Leaves, x: Any) -> Any:
-    """Compute `x M(leaves)`; the backward pass makes `M` again, as one for every site would be a
-    second model.
+    """Compute `x M(leaves)`; the backward pass recomputes `M` instead of saving it.
 
     Args:
-        make: gives `M`, `[in, out]` float32, of the leaves.
-        leaves: of the site.
+        make: returns `M`, `[in, out]` float32, from the leaves.
+        leaves: leaves of the site.
         x: `[..., in]`, floating.
 
     Returns:

@@ -1,4 +1,4 @@
-r"""RoAd: what a linear module puts out is rotated and rescaled, in pairs.
+r"""RoAd: the outputs of a linear module are rotated and rescaled in pairs.
 
     y = R (x W + b),    of a pair:    y1 = c1 z1 - s1 z2,    y2 = c2 z2 + s2 z1,
         c = alpha cos(theta),    s = alpha sin(theta)
@@ -6,7 +6,7 @@ r"""RoAd: what a linear module puts out is rotated and rescaled, in pairs.
 Within each group of outputs the first half is paired with the second, element by element. `road_1`
 has one angle and one scale a pair, so that `c1 = c2` and `s1 = s2`; `road_2` has one of each an
 output; `road_4` has others for `c` than for `s` as well. `theta` starts at zero and `alpha` at one,
-so a fresh adapter leaves every output as it was. Which of the three a site computes is told by the
+so a fresh adapter does not change any output. Which of the three a site computes is told by the
 shape of its leaves.
 
 Liao and Monz 2024, "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and
@@ -38,7 +38,7 @@ _LEAVES = ("road_theta", "road_alpha")
 
 @dataclass(frozen=True)
 class RoAdFormat(TargetedFormat["RoAd"]):
-    """How adapters of `RoAd` stand in files."""
+    """The file format of `RoAd` adapters."""
 
     def pack(self, method: RoAd, site: Site, leaves: Leaves) -> dict[str, Any]:
         """Return angles and scales as one row each."""
@@ -57,7 +57,7 @@ class RoAd(Targeted):
     2]` with k = 1, 2 or 4 as the variant says; float32, trained.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "road"
@@ -80,29 +80,29 @@ class RoAd(Targeted):
     )
 
     variant: Literal["road_1", "road_2", "road_4"] = option(
-        "road_1", "how many angles and scales: 1, 2 or 4 a pair"
+        "road_1", "number of angles and scales per pair: 1, 2 or 4"
     )
     group_size: int = option(
-        64, "outputs of a group, whose halves are paired; divides those of each site", at_least=2
+        64, "number of outputs per group, which must divide the outputs of each site", at_least=2
     )
 
     def problems(self) -> list[str]:
-        """Refuse a group that has no halves."""
+        """List incompatible options: the group size must be even."""
         odd = [f"group_size: is {self.group_size}; must be even"] if self.group_size % 2 else []
         return super().problems() + odd
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Make angles of zero and scales of one.
+        """Initialize angles to zero and scales to one.
 
         Raises:
-            ConfigError: the outputs of the site do not make whole groups.
+            ConfigError: The group size does not divide the outputs of the site.
         """
         del kernel, rng
         groups, rest = divmod(site.shape[1], self.group_size)
         if rest:
             raise ConfigError(
                 f"road.group_size: {self.group_size} does not divide the {site.shape[1]} outputs of"
-                f" {site.name}; give a divisor, or exclude the site"
+                f" {site.name}; use a divisor, or exclude the site"
             )
         shape = (groups, _ROWS[self.variant], self.group_size // 2)
         return {
@@ -112,7 +112,7 @@ class RoAd(Targeted):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Rotate what the site puts out, `[..., in] -> [..., out]`."""
+        """Rotate the output of the site, `[..., in] -> [..., out]`."""
         return call.each(_rotate, call.base(*call.args))
 
     @staticmethod

@@ -1,8 +1,8 @@
 r"""Rotations of an input, block by block, as their difference from the identity: `x -> x + x D`, `D
 = R - I`.
 
-The difference of a fresh rotation is zero, so that `x` is left as it is bit by bit, and of a small
-one it is not rounded off in bfloat16. `R` is orthogonal where it is the Cayley transform of a
+The difference of a fresh rotation is zero, so that `x` is bit-identical, and that of a small one is
+not rounded off in bfloat16. `R` is orthogonal if it is the Cayley transform of a
 skew-symmetric matrix `S`:
 
     R = (I - S) (I + S)^-1,    D = -2 S (I + S)^-1
@@ -33,7 +33,7 @@ def rotate(x: Array, difference: Array) -> Array:
 
     Args:
         x: `[..., blocks * k]`, floating; the result has its shape and dtype.
-        difference: `[blocks, k, k]`, or `[1, k, k]` for all blocks alike.
+        difference: `[blocks, k, k]`, or `[1, k, k]` for all blocks.
     """
     blocks = x.reshape(*x.shape[:-1], -1, difference.shape[-1])
     difference = jnp.broadcast_to(difference, (blocks.shape[-2], *difference.shape[1:])).astype(
@@ -43,11 +43,11 @@ def rotate(x: Array, difference: Array) -> Array:
 
 
 def rotate_kernel(kernel: Array, difference: Array) -> Array:
-    """Return the kernel that computes with `x` what `kernel` computes with the rotated one.
+    """Return the kernel whose product with `x` is that of `kernel` with the rotated `x`.
 
     Args:
         kernel: `[blocks * k, out]`, float32.
-        difference: as in `turned`.
+        difference: as in `rotate`.
     """
     blocks = kernel.reshape(-1, difference.shape[-1], kernel.shape[1])
     difference = jnp.broadcast_to(difference, (blocks.shape[0], *difference.shape[1:]))
@@ -57,8 +57,8 @@ def rotate_kernel(kernel: Array, difference: Array) -> Array:
 
 
 def nearest_divisor(n: int, wanted: int) -> int:
-    """Return the divisor of `n` that is nearest to `wanted`, the smaller of two, as PEFT adjusts
-    the size of blocks.
+    """Return the divisor of `n` nearest to `wanted` (the smaller of two), as PEFT adjusts block
+    sizes.
     """
     return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))
 

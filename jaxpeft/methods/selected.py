@@ -1,4 +1,4 @@
-"""What the methods that train leaves of the base at chosen sites, and add none, have in common."""
+"""The base class of methods that train the base's own leaves at chosen sites."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ M = TypeVar("M", bound="Selected")
 
 @dataclass(frozen=True)
 class SelectedFormat(TargetedFormat[M]):
-    """How adapters of `Selected` stand in files."""
+    """The file format of `Selected` adapters."""
 
     def wrapper(self, method: M, path: Path, by: Method | None) -> str:
-        """Keep the module's own names: nothing stands around it."""
+        """Return no infix: the module keeps its own names."""
         del path, by
         return ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Selected(Targeted):
-    """A method that trains leaves of the base, those of the names `base_leaves`, at chosen sites.
+    """A method that trains the base's leaves with the names `base_leaves` at chosen sites.
 
     Class attributes:
-        base_leaves: the names of the leaves that are trained.
+        base_leaves: names of the trained leaves.
     """
 
     sites: ClassVar[SiteSpec] = SiteSpec(
@@ -59,12 +59,12 @@ class Selected(Targeted):
         return self.where(self.usual_targets)
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Add nothing."""
+        """Return no leaves."""
         del site, kernel, rng
         return {}
 
     def trains(self, path: Path, params: Leaves) -> bool:
-        """Train the leaves of the selected sites."""
+        """Return whether a leaf belongs to a selected site."""
         if path[-1] not in self.base_leaves or paths.is_head(path):
             return False
         return whole_leaf(

@@ -1,10 +1,10 @@
-r"""SHiRA: a few entries of a frozen kernel, anywhere in it, are trained.
+r"""SHiRA: a few random entries of a frozen kernel are trained.
 
     y = x W + x S,    S[i_k, j_k] = w_k,    w: [n],  n = r (in + out)
 
 The update is sparse and has a high rank, and as many trained numbers as LoRA of rank `r`. Which
 entries it takes is drawn at random once, one of each of `n` parts of the kernel, and kept beside
-`w`, in files as well. `w` starts at zero, so a fresh adapter leaves every output as it was.
+`w`, in files as well. `w` starts at zero, so a fresh adapter does not change any output.
 
 Bhardwaj et al. 2024, "Sparse High Rank Adapters", section 3, its mask SHiRA-Rand
 (arXiv:2406.13175).
@@ -34,20 +34,15 @@ _LEAVES = ("shira_weight", "shira_indices")
 
 @dataclass(frozen=True)
 class SHiRAFormat(TargetedFormat["SHiRA"]):
-    """How adapters of `SHiRA` stand in files."""
+    """The file format of `SHiRA` adapters."""
 
     def wrong_numbers(self, method: SHiRA, site: Site, tensors: Leaves) -> list[str]:
-        """Refuse places outside of the kernel, which would be left out without a word, and parts of
-        one.
-        """
+        """List indices outside of the kernel, which would be ignored, or not integers."""
         places, (n_in, n_out) = np.asarray(tensors["shira_indices"]), site.shape
         inside = (
             (places >= 0) & (places < np.array([[n_out], [n_in]])) & (places == np.floor(places))
         )
-        why = (
-            f"shira_indices: names places that the kernel, {n_out} outputs by {n_in} inputs,"
-            " has not"
-        )
+        why = f"shira_indices: has indices outside of the kernel, {n_out} outputs by {n_in} inputs"
         return [] if inside.all() else [why]
 
 
@@ -59,7 +54,7 @@ class SHiRA(Targeted):
     which are places in the outputs and in the inputs.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "shira"
@@ -67,7 +62,7 @@ class SHiRA(Targeted):
     leaves: ClassVar[LeafSpec] = LeafSpec(
         site=_LEAVES,
         trained=frozenset({"shira_weight"}),
-        # zeros compute it, but would be trained
+        # zeros compute the base, but would not stay zero in training
         zero_is_base=False,
     )
     peft: ClassVar[PeftFormat[Any]] = SHiRAFormat(
@@ -79,20 +74,20 @@ class SHiRA(Targeted):
         ignored=frozenset({"init_weights", "mask_type", "random_seed"}),
     )
 
-    rank: int = option(32, "rank r of the LoRA that would train as many numbers", at_least=1)
+    rank: int = option(32, "rank r of a LoRA with as many trainable parameters", at_least=1)
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Draw the entries, and make `w` zero.
+        """Draw the entries, and initialize `w` to zero.
 
         Raises:
-            ConfigError: the kernel of the site has fewer entries.
+            ConfigError: The kernel of the site has fewer entries.
         """
         del kernel
         (n_in, n_out), count = site.shape, self.rank * sum(site.shape)
         if count > n_in * n_out:
             raise ConfigError(
-                f"shira.rank: {self.rank} asks for {count} entries of the kernel of {site.name},"
-                f" which has {n_in * n_out}; give a lower one, or exclude the site"
+                f"shira.rank: {self.rank} needs {count} entries of the kernel of {site.name}, which"
+                f" has {n_in * n_out}; set a lower rank, or exclude the site"
             )
         flat = one_of_each_part(rng, count, n_in * n_out)
         indices = jnp.stack([flat // n_in, flat % n_in]).astype(jnp.int32)
@@ -114,5 +109,5 @@ class SHiRA(Targeted):
 
 
 def _sparse(shape: tuple[int, int], leaves: Leaves) -> Any:
-    """Return `S` `[in, out]`; PEFT adds up what is named twice, too."""
+    """Return `S` `[in, out]`; as in PEFT, duplicate entries are summed."""
     return scatter(leaves["shira_indices"], leaves["shira_weight"], shape)

@@ -1,4 +1,4 @@
-"""Which entries of a kernel a method takes: drawn once, so that they are all different."""
+"""Drawing distinct entries of a kernel for methods with sparse updates."""
 
 from __future__ import annotations
 
@@ -14,20 +14,21 @@ _FEW, _CHUNK = (2**32 - 1) // 20, 1 << 22
 
 @functools.lru_cache(maxsize=8)
 def as_torch_draws(count: int, total: int, seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Return the first numbers of `torch.randperm(total)` of a CPU generator with a seed: what
-    files mean that hold a seed alone.
+    """Return the first numbers of `torch.randperm(total)` with a CPU generator and a seed.
+
+    They are needed for files that contain only a seed.
 
     Both draw from the Mersenne Twister, and swap: of fewer than 2^32 / 20 numbers 32 bits each,
     from the first number on; of more 64 bits each, building the permutation up from one number, so
     that every draw counts.
 
     Args:
-        count: how many, at most `total`.
-        total: of the numbers that are permuted.
+        count: number of values, at most `total`.
+        total: length of the permutation.
         seed: from 0 to 2^32 - 1.
 
     Returns:
-        `[count]` int64, below `total`, each once.
+        `[count]` int64, distinct and below `total`.
     """
     twister = np.random.RandomState(seed)
     if total >= _FEW:
@@ -65,11 +66,10 @@ def _permutation_by_steps(
 
 
 def scatter(indices: Any, values: Any, shape: tuple[int, int]) -> Any:
-    """Return a matrix `[in, out]` float32 that is zero but at some places; of one that is named
-    twice it holds the sum.
+    """Return a sparse float32 matrix `[in, out]`; values at duplicate indices are summed.
 
     Args:
-        indices: `[2, n]`, places in the outputs and in the inputs.
+        indices: `[2, n]`, indices along the outputs and the inputs.
         values: `[n]`, float32.
         shape: `(in, out)`.
     """
@@ -78,8 +78,7 @@ def scatter(indices: Any, values: Any, shape: tuple[int, int]) -> Any:
 
 
 def one_of_each_part(key: jax.Array, count: int, total: int) -> jax.Array:
-    """Draw one number of each of `count` parts, as equal as can be, that the numbers below `total`
-    are cut into.
+    """Draw one number from each of `count` nearly equal parts of the range below `total`.
 
     Args:
         key: a key.
@@ -87,7 +86,7 @@ def one_of_each_part(key: jax.Array, count: int, total: int) -> jax.Array:
         total: below 2^32.
 
     Returns:
-        `[count]` uint32, ascending, each once.
+        `[count]` uint32, strictly ascending.
     """
     edges = np.arange(count + 1, dtype=np.uint64) * np.uint64(total) // np.uint64(count)
     widths = jnp.asarray(np.diff(edges).astype(np.uint32))

@@ -1,8 +1,8 @@
-"""How A `[in, r]` and B `[r, out]` of a low-rank update begin: one function a way, `(site, kernel,
-rank, scale, rng) -> (A, B)`.
+"""Initializations of A `[in, r]` and B `[r, out]` of a low-rank update, each a function `(site,
+kernel, rank, scale, rng) -> (A, B)`.
 
-A new start is one function and one line in `STARTS`; one that begins in a part of the kernel stands
-in `FROM_KERNEL` as well, and what it began with is then taken off the base's product again.
+A new one is one function and one line in `STARTS`. If it starts with a part of the kernel, it is
+also in `FROM_KERNEL`, and the initial update is subtracted from the output.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def default(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> Pair:
-    """`A` uniform within 1/sqrt(in) (Kaiming with a = sqrt(5), as PEFT has it), normal for an
+    """`A` uniform within 1/sqrt(in) (Kaiming with a = sqrt(5), as in PEFT), normal for an
     embedding with `B`; one is zero.
     """
     del kernel, scale
@@ -57,7 +57,7 @@ def orthogonal(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) 
     keys = jax.random.split(rng, 3)
     q = jnp.linalg.qr(jax.random.normal(keys[0], (rank, rank), jnp.float32))[0]
     odd, even = q[0::2, :][:half], q[1::2, :][:half]
-    if rank == 1:  # one direction has no two that are orthogonal
+    if rank == 1:  # no two orthogonal directions
         return default(site, lambda: None, rank, 1.0, rng)
     x = jax.random.normal(keys[1], (n_in, half), jnp.float32) / math.sqrt(half)
     y = jax.random.normal(keys[2], (half, n_out), jnp.float32) / math.sqrt(half)
@@ -95,7 +95,7 @@ STARTS: Mapping[str, Initializer] = {
     "orthogonal": orthogonal,
     "pissa": pissa,
     "olora": olora,
-    "eva": default,  # until the data are seen
-    "loftq": default,  # until what the base lost is
+    "eva": default,  # replaced in `LoRA.start`
+    "loftq": default,  # replaced in `LoRA.start`
 }
 FROM_KERNEL = frozenset({"pissa", "olora"})

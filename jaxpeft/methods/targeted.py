@@ -1,6 +1,4 @@
-"""What the methods that adapt chosen sites have in common: the target options, as in Hugging Face
-PEFT.
-"""
+"""The base class of methods that adapt chosen sites, with Hugging Face PEFT's target options."""
 
 from __future__ import annotations
 
@@ -30,7 +28,7 @@ TARGET_OPTIONS: Mapping[str, str] = {
     "layers_to_transform": "layers_to_transform",
     "layers_pattern": "layers_pattern",
 }
-"""From PEFT's names of the target options to ours."""
+"""Maps PEFT's names of the target options to ours."""
 
 
 M = TypeVar("M", bound="Targeted")
@@ -38,12 +36,12 @@ M = TypeVar("M", bound="Targeted")
 
 @dataclass(frozen=True)
 class TargetedFormat(PeftFormat[M]):
-    """How adapters of `Targeted` stand in files."""
+    """The file format of `Targeted` adapters."""
 
     def read_options(
         self, kind: type[M], config: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """Read `adapter_config.json`; the modules must be named in it."""
+        """Read `adapter_config.json`, which must name the target modules."""
         values, problems = super().read_options(kind, config)
         if isinstance(values.get("layers_to_transform"), int):
             values["layers_to_transform"] = (values["layers_to_transform"],)
@@ -54,18 +52,19 @@ class TargetedFormat(PeftFormat[M]):
                 (values["layers_pattern"],) if values["layers_pattern"] else ()
             )
         if not values.get("targets"):
-            problems.append("target_modules: is not set; name the modules that the adapter holds")
+            problems.append("target_modules: is not set; name the modules of the adapter")
         return values, problems
 
     def write_options(self, method: M) -> dict[str, Any]:
-        """Return the options; an empty list is PEFT's null. Where PEFT lacks one that chooses, the
-        file names the sites one by one.
+        """Return the options, with null for an empty list.
+
+        If PEFT lacks a target option that is set, the file lists the full names of the sites.
         """
-        values, told = super().write_options(method), self.names(type(method)).values()
-        untold = (method.exclude and "exclude" not in told) or (
-            method.layers_to_transform is not None and "layers_to_transform" not in told
+        values, known = super().write_options(method), self.names(type(method)).values()
+        unsupported = (method.exclude and "exclude" not in known) or (
+            method.layers_to_transform is not None and "layers_to_transform" not in known
         )
-        named = {"target_modules": "default"} if untold else {}
+        by_name = {"target_modules": "default"} if unsupported else {}
         return (
             values
             | {
@@ -73,7 +72,7 @@ class TargetedFormat(PeftFormat[M]):
                 for key in ("exclude_modules", "layers_pattern")
                 if key in values
             }
-            | named
+            | by_name
         )
 
 
@@ -82,8 +81,7 @@ class Targeted(Method):
     """A method that adds leaves to chosen sites.
 
     Class attributes:
-        usual_targets: the ends of site names that `targets="default"` stands for, those that the
-            model has.
+        usual_targets: name suffixes of the default sites (`targets="default"`).
     """
 
     peft: ClassVar[PeftFormat[Any]] = TargetedFormat()
@@ -95,15 +93,13 @@ class Targeted(Method):
     targets: str | tuple[str, ...] = option(
         ALL_LINEAR,
         "list of name suffixes, a regular expression, 'all-linear', or 'default' for the method's"
-        " usual sites",
+        " default sites",
     )
-    exclude: str | tuple[str, ...] = option((), "names or expression of sites to leave alone")
+    exclude: str | tuple[str, ...] = option((), "names or regular expression of sites to exclude")
     layers_to_transform: tuple[int, ...] | int | None = option(
         None, "layer numbers to adapt; None for all", at_least=0
     )
-    layers_pattern: tuple[str, ...] = option(
-        (), "names of the container whose numbers count, such as 'layers'"
-    )
+    layers_pattern: tuple[str, ...] = option((), "names of the layer containers, such as 'layers'")
 
     def __post_init__(
         self,
@@ -114,7 +110,7 @@ class Targeted(Method):
         super().__post_init__()
 
     def problems(self) -> list[str]:
-        """List options that exclude each other, as in PEFT."""
+        """List incompatible options, as in PEFT."""
         expression = (
             isinstance(self.targets, str)
             and not is_keyword(self.targets)
@@ -123,15 +119,15 @@ class Targeted(Method):
         found: list[str] = []
         if expression and (self.layers_to_transform is not None or self.layers_pattern):
             found.append(
-                "layers_to_transform: cannot go with a regular expression in targets; put the"
-                " layers into it"
+                "layers_to_transform: cannot be used with a regular expression in targets; include"
+                " the layers in it"
             )
         if self.layers_pattern and self.layers_to_transform is None:
             found.append("layers_pattern: needs layers_to_transform")
         if self.targets == ():
             found.append("targets: is empty; name at least one site, or 'all-linear'")
         if self.targets == "default" and not self.usual_targets:
-            found.append(f"targets: {self.name} has no usual sites; name them, or 'all-linear'")
+            found.append(f"targets: {self.name} has no default sites; name them, or 'all-linear'")
         for field, texts in self.expressions(expression).items():
             found += [f"{field}: {why}" for text in texts if (why := find_expression_fault(text))]
         return found
@@ -157,23 +153,23 @@ class Targeted(Method):
             targets = usual_targets(self.usual_targets, names)
             if not targets:
                 raise TargetError(
-                    f"targets: the model has none of the usual sites of {self.name}"
+                    f"targets: the model has none of the default sites of {self.name}"
                     f" ({', '.join(self.usual_targets)}); name its sites"
                 )
         return Targets(targets, self.exclude, numbers, self.layers_pattern, self.modules_to_save)
 
 
 def require_divisor(field: str, size: int, site: Site) -> None:
-    """Refuse a size of blocks that does not divide the inputs and outputs of a site.
+    """Raise an error if a block size does not divide the inputs and outputs of a site.
 
     Raises:
-        ConfigError: naming the site, and the largest size that does.
+        ConfigError: It does not; the message names the site and the largest valid size.
     """
     n_in, n_out = site.shape
     if n_in % size or n_out % size:
         raise ConfigError(
             f"{field}: {size} does not divide the {n_in} inputs and {n_out} outputs of {site.name};"
-            f" give a divisor of both, such as {math.gcd(n_in, n_out)}, or exclude the site"
+            f" use a divisor of both, such as {math.gcd(n_in, n_out)}, or exclude the site"
         )
 
 
@@ -185,33 +181,31 @@ class Ranked(Targeted):
 
     rank: int = option(8, "rank r of the update", at_least=1)
     alpha: float = option(16.0, "numerator of the scaling", above=0)
-    rank_pattern: dict[str, int] = option(
-        {}, "other ranks, by the end of a site's name", at_least=1
-    )
+    rank_pattern: dict[str, int] = option({}, "other ranks, by suffix of a site's name", at_least=1)
     alpha_pattern: dict[str, float] = option(
-        {}, "other alphas, by the end of a site's name", above=0
+        {}, "other alphas, by suffix of a site's name", above=0
     )
 
     def expressions(self, whole: bool) -> dict[str, Any]:
-        """Return the options that hold regular expressions."""
+        """Return the options with regular expressions."""
         return super().expressions(whole) | {
             "rank_pattern": self.rank_pattern,
             "alpha_pattern": self.alpha_pattern,
         }
 
     def check_sites(self, names: tuple[str, ...]) -> None:
-        """Refuse a rank or alpha pattern that matches no adapted site.
+        """Raise an error if a rank or alpha pattern matches no adapted site.
 
         Raises:
-            TargetError: naming the pattern.
+            TargetError: A pattern is invalid; it names it.
         """
         require_patterns("rank_pattern", self.rank_pattern, names)
         require_patterns("alpha_pattern", self.alpha_pattern, names)
 
     def site_rank(self, name: str) -> int:
-        """Return the rank at the site of this Hugging Face name."""
+        """Return the rank at the site with this Hugging Face name."""
         return pattern_value(name, self.rank_pattern, self.rank)
 
     def site_scale(self, name: str) -> float:
-        """Return the scaling s at the site of this Hugging Face name."""
+        """Return the scaling s at the site with this Hugging Face name."""
         return pattern_value(name, self.alpha_pattern, self.alpha) / self.site_rank(name)

@@ -1,6 +1,4 @@
-"""Trainable tokens beside LoRA, as PEFT has them: LoRA's option `trainable_token_indices`, one
-`trainable_tokens` for each set.
-"""
+"""Trainable tokens in addition to LoRA, stored in PEFT's LoRA option `trainable_token_indices`."""
 
 from __future__ import annotations
 
@@ -21,13 +19,14 @@ def _write(sites: Mapping[str, TrainableTokens]) -> dict[str, list[int]]:
 def _read(given: Any, tied: bool) -> tuple[list[dict[str, Any]], list[str]]:
     by_module: Mapping[Any, Any] = given if isinstance(given, Mapping) else {"default": given}
     problems = [
-        f"{_OPTION}: must be ids of tokens, or those by the name of a module, is {show(given)}"
+        f"{_OPTION}: must be token ids, or a mapping from module names to token ids, is"
+        f" {show(given)}"
         for name, ids in by_module.items()
         if not (isinstance(name, str) and _are_ids(ids))
     ][:1]
     if problems:
         return [], problems
-    # PEFT has the head's rows trained with those of an embedding that it is tied to
+    # PEFT trains the rows of a tied head together with those of the embedding
     heads = [
         name
         for name in by_module
@@ -35,8 +34,8 @@ def _read(given: Any, tied: bool) -> tuple[list[dict[str, Any]], list[str]]:
     ]
     others = [list(ids) for name, ids in by_module.items() if name not in heads]
     problems = [
-        f"{_OPTION}: {name} is tied to the embedding, and has other tokens; give both the same, or"
-        " one alone"
+        f"{_OPTION}: {name} is tied to the embedding, but has other tokens; use the same for both,"
+        " or only one"
         for name in heads
         if list(by_module[name]) not in others
     ]

@@ -1,4 +1,4 @@
-"""Trainable tokens: the rows of a few tokens are trained, those of all others stay as they are.
+"""Trainable tokens: only the embedding rows of a few tokens are trained.
 
     E' = E, but for the rows of the chosen tokens, which are trained
 
@@ -6,7 +6,7 @@ In an embedding they are rows; in a language-model head `W [d, vocab]` they are 
 computes with the trained rows as well. Tokens that are new to a model are added by
 `jaxpeft.load(..., vocab_size=N)` first.
 
-PEFT's documentation of `TrainableTokens`; nothing of it is in a paper.
+Source: PEFT's documentation of `TrainableTokens`; there is no paper.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainableTokensFormat(TargetedFormat["TrainableTokens"]):
-    """How adapters of `TrainableTokens` stand in files."""
+    """The file format of `TrainableTokens` adapters."""
 
     def read_options(
         self, kind: type[TrainableTokens], config: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """Read PEFT's options; how the rows began says nothing of what they are."""
-        given = {key: value for key, value in config.items() if key != "init_weights"}
+        """Read PEFT's options; the initialization of the rows is irrelevant."""
+        rest = {key: value for key, value in config.items() if key != "init_weights"}
         values, problems = super().read_options(
-            kind, given | {"target_modules": given.get("target_modules") or "default"}
+            kind, rest | {"target_modules": rest.get("target_modules") or "default"}
         )
         return values, problems
 
@@ -72,23 +72,23 @@ class TrainableTokens(Targeted):
     tokens: tuple[int, ...] = option((), "ids of the tokens", at_least=0)
     targets: str | tuple[str, ...] = option(
         "default",
-        "embeddings and heads by the end of their names; 'default' for the input embedding",
+        "name suffixes of embeddings and heads; 'default' for the input embedding",
     )
 
     def problems(self) -> list[str]:
-        """List what is wrong with the tokens."""
+        """List problems with the tokens."""
         found = super().problems()
         if not self.tokens:
-            found.append("tokens: is empty; name the ids of the tokens to train")
+            found.append("tokens: is empty; list the ids of the tokens to train")
         if len(set(self.tokens)) < len(self.tokens):
-            found.append("tokens: names a token twice")
+            found.append("tokens: lists a token twice")
         return found
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Take the rows of the base.
+        """Initialize the rows to those of the base.
 
         Raises:
-            ConfigError: the model has no such token.
+            ConfigError: A token is outside of the vocabulary.
         """
         del rng
         vocab = site.shape[0 if site.kind == "embedding" else 1]
@@ -98,14 +98,12 @@ class TrainableTokens(Targeted):
                 f" {site.name}; load the model with vocab_size={max(self.tokens) + 1}"
             )
         ids = jnp.asarray(self.tokens, jnp.int32)
-        whole = kernel() if site.kind == "embedding" else kernel().T
-        return {"token_rows": whole[ids], "token_ids": ids}
+        rows = kernel() if site.kind == "embedding" else kernel().T
+        return {"token_rows": rows[ids], "token_ids": ids}
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Return the embeddings of token ids, or the logits of `x`, with the trained rows in
-        place.
-        """
+        """Return the embeddings of token ids, or the logits of `x`, with the trained rows."""
         base = call.base(*call.args)
         if not jnp.issubdtype(call.x.dtype, jnp.integer):
             return _with_logits(call, base, call.kernel().T)
@@ -124,7 +122,7 @@ class TrainableTokens(Targeted):
 
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
-        """Put the rows in their places."""
+        """Return the kernel with the trained rows."""
         kernel, rows, ids = base["kernel"], leaves["token_rows"], leaves["token_ids"]
         if kernel.shape[-1] == rows.shape[-1] and "embedding" in base:
             return {"kernel": kernel.at[ids].set(rows)}
@@ -136,9 +134,7 @@ class TrainableTokens(Targeted):
 
 
 def _with_logits(call: Call, logits: Any, rows: Any) -> Any:
-    """Add to logits `[..., vocab]` what the trained rows differ by from the base's `rows [vocab,
-    d]`.
-    """
+    """Add the effect of the trained rows to the base's logits `[..., vocab]`."""
 
     def added(leaves: Leaves, x: Any, plain: Any) -> Any:
         ids = leaves["token_ids"]

@@ -1,4 +1,4 @@
-r"""VB-LoRA: the matrices of LoRA are put together of vectors that all sites share.
+r"""VB-LoRA: the matrices of LoRA are composed of vectors shared by all sites.
 
     y = x W + (D(x) A) B,    of each part of A and B of length l:
         sum over the k largest of its logits of softmax(logits)_i v_i
@@ -32,19 +32,17 @@ from jaxpeft.methods.targeted import TARGET_OPTIONS, TargetedFormat, require_div
 
 @dataclass(frozen=True)
 class VBLoRAFormat(TargetedFormat["VBLoRA"]):
-    """How adapters of `VBLoRA` stand in files."""
+    """The file format of `VBLoRA` adapters."""
 
     def read_options(
         self, kind: type[VBLoRA], config: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """Read the options; a file that holds the largest weights in place of the logits is
-        refused.
-        """
+        """Read the options; a file with only the largest weights instead of logits is an error."""
         values, problems = super().read_options(kind, config)
         if config.get("save_only_topk_weights"):
             problems.append(
-                "save_only_topk_weights: the file holds no logits, which training resumes from;"
-                " save it with save_only_topk_weights=False where it was trained"
+                "save_only_topk_weights: the file has no logits, which are needed to resume"
+                " training; save the adapter in PEFT with save_only_topk_weights=False"
             )
         return values, problems
 
@@ -58,7 +56,7 @@ class VBLoRA(Biased):
     not zero. At the root: `vblora_vector_bank [h, l]`, trained. All float32.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "vblora"
@@ -94,25 +92,25 @@ class VBLoRA(Biased):
     )
 
     rank: int = option(4, "rank r of the updates", at_least=1)
-    vectors: int = option(256, "how many vectors h the bank has", at_least=1)
+    vectors: int = option(256, "number h of vectors in the bank", at_least=1)
     vector_length: int = option(
         256,
-        "length l of the vectors, which divides the inputs and outputs of each site",
+        "length l of the vectors, which must divide the inputs and outputs of each site",
         at_least=1,
     )
-    topk: int = option(2, "how many vectors k a part is mixed of", at_least=1)
+    topk: int = option(2, "number k of vectors mixed for each part", at_least=1)
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
-    bank_bound: float = option(0.02, "the bank begins uniform within this bound", above=0)
-    logits_std: float = option(0.1, "standard deviation of the logits as they begin", above=0)
+    bank_bound: float = option(0.02, "bound of the bank's uniform initialization", above=0)
+    logits_std: float = option(0.1, "initial standard deviation of the logits", above=0)
     bias: Literal["none", "all", "vblora_only"] = bias_option()
 
     @property
     def fresh_is_base(self) -> bool:
-        """Whether a fresh adapter leaves every output as it was, bit by bit."""
+        """Whether a fresh adapter leaves every output bit-identical."""
         return False
 
     def problems(self) -> list[str]:
-        """Refuse to mix more vectors than there are."""
+        """List incompatible options: topk must not exceed the number of vectors."""
         many = (
             [f"topk: {self.topk} is more than vectors, {self.vectors}"]
             if self.topk > self.vectors
@@ -121,10 +119,10 @@ class VBLoRA(Biased):
         return super().problems() + many
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Make the logits normal.
+        """Initialize the logits from a normal distribution.
 
         Raises:
-            ConfigError: the length of the vectors does not divide the inputs and outputs of the
+            ConfigError: The length of the vectors does not divide the inputs and outputs of the
                 site.
         """
         del kernel
@@ -150,7 +148,7 @@ class VBLoRA(Biased):
     def init_root(
         self, params: Leaves, sites: tuple[Site, ...], rng: jax.Array
     ) -> dict[str, jax.Array]:
-        """Make the bank uniform."""
+        """Initialize the bank to uniform values."""
         del params, sites
         shape = (self.vectors, self.vector_length)
         return {

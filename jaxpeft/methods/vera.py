@@ -1,11 +1,11 @@
-r"""VeRA: two vectors a site are trained, around a pair of random matrices that all sites share.
+r"""VeRA: two trained vectors per site, around a pair of random matrices shared by all sites.
 
     y = x W + (((D(x) A') * d) B') * b,    A' = A[:in] [in, r],    B' = B[:, :out] [r, out],
         d: [r],    b: [out]
 
 `A` and `B` are frozen and stand once at the root of the tree, as wide as the widest adapted site; a
 narrower site takes its part of them. `d` starts at a small constant and `b` at zero, so a fresh
-adapter leaves every output as it was. `D` is dropout.
+adapter does not change any output. `D` is dropout.
 
 PEFT may leave `A` and `B` out of a file and make them again from torch's random numbers. Here they
 are always written out, and a file without them is refused.
@@ -34,7 +34,7 @@ from jaxpeft.methods.targeted import TargetedFormat
 
 @dataclass(frozen=True)
 class VeRAFormat(TargetedFormat["VeRA"]):
-    """How adapters of `VeRA` stand in files."""
+    """The file format of `VeRA` adapters."""
 
     def write_options(self, method: VeRA) -> dict[str, Any]:
         """Return the options; the projections are always in the file."""
@@ -43,7 +43,7 @@ class VeRAFormat(TargetedFormat["VeRA"]):
     def read_options(
         self, kind: type[VeRA], config: Mapping[str, Any]
     ) -> tuple[dict[str, Any], list[str]]:
-        """Read the options; a file without its projections is refused."""
+        """Read the options; a file without its projections is an error."""
         values, problems = super().read_options(kind, config)
         return values, [*problems, *drop_projections(config)]
 
@@ -57,7 +57,7 @@ class VeRA(Biased):
     trained. All float32.
 
     Raises:
-        ConfigError: an option is out of range, or options exclude each other.
+        ConfigError: An option is out of range, or options are incompatible.
     """
 
     name: ClassVar[str] = "vera"
@@ -86,11 +86,11 @@ class VeRA(Biased):
 
     rank: int = option(256, "rank r of the shared projections", at_least=1)
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)
-    d_initial: float = option(0.1, "what each entry of d begins as")
+    d_initial: float = option(0.1, "initial value of the entries of d")
     bias: Literal["none", "all", "vera_only"] = bias_option()
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
-        """Make d constant and b zero."""
+        """Initialize d to a constant and b to zero."""
         del kernel, rng
         leaves = {
             "vera_lambda_b": jnp.zeros((site.shape[1],), jnp.float32),
@@ -137,18 +137,14 @@ class VeRA(Biased):
 
 
 def drop_projections(config: Mapping[str, Any]) -> list[str]:
-    """Return why a file whose random matrices are left out cannot be read, if they are."""
+    """Return the problem of a file without its random matrices, if any."""
     if config.get("save_projection", True):
         return []
     why = (
-        "so the shared random matrices are not in the file, and torch's random numbers are not made"
-        " here"
+        "so the shared random matrices are not in the file, and cannot be regenerated without torch"
     )
     return [
-        (
-            f"save_projection: is false, {why}; make the adapter with save_projection=True in PEFT,"
-            " and save it again"
-        )
+        (f"save_projection: is false, {why}; save the adapter in PEFT with save_projection=True")
     ]
 
 

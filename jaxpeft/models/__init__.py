@@ -1,4 +1,4 @@
-"""The architectures, one file a family, built from the Hugging Face config."""
+"""The architectures, one file per family, built from the Hugging Face config."""
 
 from __future__ import annotations
 
@@ -20,24 +20,23 @@ FAMILIES: Mapping[str, Family] = {
 def build(
     config: Mapping[str, Any], options: ModelOptions, where: str = "config.json"
 ) -> Pretrained:
-    """Make the Linen module that a `config.json` describes.
+    """Return the Linen module that a `config.json` describes.
 
     Args:
         config: its content.
         options: task, dtype of the activations, and how layers run.
-        where: what to call the file in messages.
+        where: path of the file, for messages.
 
     Raises:
-        ConfigError: the architecture, a switch of it or the task is not supported; everything at
-            once.
+        ConfigError: The architecture, one of its switches or the task is not supported; it lists
+            all problems.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        # no hint of a near name: under another model_type the weights would be computed as what
-        # they are not
+        # no suggestion: with another model_type the weights would be misinterpreted
         known = ", ".join(FAMILIES)
         raise ConfigError(
-            f"{where}: model_type {show(kind)} is not supported (supported: {known}); give a model"
+            f"{where}: model_type {show(kind)} is not supported (supported: {known}); use a model"
             " of one of these"
         )
     return FAMILIES[kind].build(config, options, where)

@@ -14,7 +14,7 @@ Array = jax.Array
 def _gelu(x: Array) -> Array:
     """`x (1 + erf(x / sqrt(2))) / 2` (Hendrycks and Gimpel 2016, arXiv:1606.08415).
 
-    `erf` is more than twice as fast as the `erfc` of `jax.nn.gelu` on CPU. In lower precision 1 +
+    On CPU, `erf` is more than twice as fast as the `erfc` in `jax.nn.gelu`. In lower precision, 1 +
     erf would cancel.
     """
     if x.dtype != jnp.float32:
@@ -57,6 +57,4 @@ ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "swish": jax.nn.silu,
     "tanh": jnp.tanh,
 }
-"""All of transformers 5.23's but `prelu` and `xielu`, which have parameters of their own. `[...]`
-to the same shape.
-"""
+"""All activations of transformers 5.23 except `prelu` and `xielu`, which have parameters."""

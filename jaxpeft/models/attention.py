@@ -1,9 +1,9 @@
-"""Attention: by the fastest kernel that fits.
+"""Attention with the fastest applicable kernel.
 
-Four kernels compute `softmax(q k^T / sqrt(d)) v`, scores and softmax in float32. `xla` writes all
-scores out; `cudnn` (NVIDIA's, on GPUs) and `splash` (JAX's own, on TPUs) never do: Dao et al. 2022,
-"FlashAttention", section 3 (arXiv:2205.14135). Nor does `chunked`, which computes everywhere, and
-positions that are spread over devices.
+Four kernels compute `softmax(q k^T / sqrt(d)) v`, with scores and softmax in float32. `xla`
+materializes all scores; `cudnn` (NVIDIA's, on GPUs) and `splash` (JAX's own, on TPUs) do not: Dao
+et al. 2022, "FlashAttention", section 3 (arXiv:2205.14135). Neither does `chunked`, which runs on
+all platforms and supports positions sharded over devices.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Array = jax.Array
 
 
 def by_heads(qkv: Iterable[Array]) -> tuple[Array, Array, Array]:
-    """Return where queries, keys and values `[batch, length, heads, d]` lie."""
+    """Constrain the sharding of queries, keys and values `[batch, length, heads, d]`."""
     q, k, v = qkv
     k, v = (constrain(array, BATCH, LENGTH, KV_HEADS, HEAD_DIM) for array in (k, v))
     return constrain(q, BATCH, LENGTH, HEADS, HEAD_DIM), k, v
@@ -61,13 +61,13 @@ def attend(
     """Scaled dot-product attention; several query heads may share a key head (Ainslie et al. 2023).
 
     Args:
-        module: whose dropout key is used.
-        kernel: a key of `KERNELS`; where it does not fit the call, `xla` computes it.
+        module: module whose dropout key is used.
+        kernel: a key of `KERNELS`; `xla` is used if it does not support the call.
         q: `[batch, query, heads, d]`.
         k: `[batch, key, kv_heads, d]`, kv_heads divides heads.
         v: `[batch, key, kv_heads, d]`.
-        mask: a row that may see nothing gives an average, not NaN.
-        dropout_rate: on the attention weights.
+        mask: the mask; a query with no visible key yields an average, not NaN.
+        dropout_rate: dropout rate of the attention weights.
 
     Returns:
         `[batch, query, heads * d]`.
@@ -90,14 +90,14 @@ def attend(
 
 @dataclass(frozen=True)
 class AttentionKernel:
-    """One way to compute attention.
+    """An implementation of attention.
 
     Attributes:
         compute: `(q, k, v, mask, dropout of the weights) -> [batch, query, heads, d]`.
-        platform: that it is for; empty for all.
-        lacks: says why it does not fit a model, from the activations' dtype, the size of a head and
-            the rate of dropout; empty if it does.
-        takes: says whether it fits a call, from `q`, `k` and the mask.
+        platform: its platform; empty for all.
+        lacks: `(dtype of activations, head size, dropout rate) -> ` the reason why it does not
+            support a model; empty if it does.
+        takes: `(q, k, mask) -> ` whether it supports a call.
     """
 
     compute: Callable[[Array, Array, Array, Mask, Callable[[Array], Array]], Array]
@@ -126,14 +126,13 @@ def _xla(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array
 def _xla_by_positions(
     q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]
 ) -> Array:
-    """Attend where positions are spread over devices: each has its own queries, and the keys and
-    values of all positions.
+    """Attend with positions sharded over devices: local queries, and keys and values of all
+    positions.
     """
     batch, length, heads, d = q.shape
     seen = mask.to_array(length)
     k, v = (constrain(array, BATCH, None, KV_HEADS, HEAD_DIM) for array in (k, v))
-    # the positions keep a dimension of their own: one that they share with heads could not be
-    # spread
+    # keep positions as a separate dimension: merged with heads, it could not be sharded
     q = q.reshape(batch, length, k.shape[2], -1, d)
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * (d**-0.5)
     scores = scores.reshape(batch, heads, length, -1)
@@ -153,12 +152,12 @@ def _on_each(
     mask: Mask,
     drop: Callable[[Array], Array],
 ) -> Array:
-    """Attend with a kernel that the partitioner cannot spread: each device computes its own rows
-    and heads, and queries with all keys.
+    """Attend with a kernel that XLA cannot partition: each device computes its own rows, heads and
+    queries with all keys.
     """
     across = size_of(TENSOR)
     if q.shape[2] % across == 0 and across % k.shape[2] == 0:
-        # fewer heads of keys than devices: each device has the one that its queries read
+        # fewer key heads than devices: repeat them so that each device has the one it needs
         k, v = (jnp.repeat(array, across // k.shape[2], axis=2) for array in (k, v))
     together = q.shape[2] % across == 0 and k.shape[2] % across == 0
     along = HEADS if together else None
@@ -196,7 +195,7 @@ def _cudnn_lacks(dtype: Any, size: int, rate: float) -> str:
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"activations are {jnp.dtype(dtype)}, not bfloat16"
     if size > 128 or size % 8:
-        return f"a head has {size} numbers, not a multiple of 8 up to 128"
+        return f"the head size is {size}, not a multiple of 8 up to 128"
     return _no_dropout(dtype, size, rate)
 
 
@@ -236,7 +235,7 @@ def _splash(
     )
     ids = mask.segments
     if mask.text is not None:
-        # padding sees padding: no row may see nothing
+        # padding attends to padding, since every row must attend to something
         ids = jnp.where(mask.text, 1 if ids is None else ids + 1, 0)
     segments = (
         None if ids is None else splash.SegmentIds(ids.astype(jnp.int32), ids.astype(jnp.int32))
@@ -251,7 +250,7 @@ def _splash(
 
 def _splash_lacks(dtype: Any, size: int, rate: float) -> str:
     if size % 64:
-        return f"a head has {size} numbers, not a multiple of 64"
+        return f"the head size is {size}, not a multiple of 64"
     return _no_dropout(dtype, size, rate)
 
 
@@ -292,36 +291,36 @@ def fastest(platform: str) -> str:
 
 
 def kernel_of(asked: str, platform: str, spread: int) -> str:
-    """Return the kernel that a run attends with: the one asked for, or the fastest.
+    """Return the attention kernel of a run: the requested one, or the fastest.
 
     Args:
         asked: a key of `KERNELS`, or `auto`.
-        platform: of the devices.
-        spread: over how many of them the positions of a row are.
+        platform: platform of the devices.
+        spread: number of devices over which positions are sharded.
 
     Raises:
-        ConfigError: the one asked for does not compute there.
+        ConfigError: The requested kernel is not supported there.
     """
     if asked == "auto":
         return "chunked" if spread > 1 else fastest(platform)
     if KERNELS[asked].platform not in ("", platform):
         raise ConfigError(
-            f"model.attention: {asked} computes on {KERNELS[asked].platform}, and the devices are"
+            f"model.attention: {asked} runs on {KERNELS[asked].platform}, but the devices are"
             f" {platform}; set it to auto"
         )
     if spread > 1 and KERNELS[asked].platform:
         raise ConfigError(
-            f"model.attention: {asked} needs whole rows, and mesh.sequence spreads them over"
+            f"model.attention: {asked} needs unsharded rows, but mesh.sequence shards them over"
             f" {spread} devices; set it to auto"
         )
     return asked
 
 
 def lacks(options: ModelOptions, config: Any) -> str:
-    """Return why the kernel that a model is to attend with does not fit it; empty if it does.
+    """Return why the attention kernel does not support a model; empty if it does.
 
     Args:
-        options: of the model.
+        options: options of the model.
         config: its architecture.
     """
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

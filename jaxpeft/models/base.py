@@ -1,5 +1,5 @@
-"""What every architecture family gives: how it is built from a Hugging Face config, and what its
-checkpoints call things.
+"""The interface of architecture families: building from a Hugging Face config, and checkpoint
+names.
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from jaxpeft.errors import ConfigError, show
 from jaxpeft.remat import REMAT_POLICIES
 
 LARGEST = 1 << 24
-"""No size of a model is larger: what is would take all memory before it is found not to fit the
-weights.
-"""
+"""The upper limit of model sizes, so that an invalid config cannot exhaust the memory."""
 MOST_LAYERS, MOST_HEADS = 10_000, 1 << 16
 _MOST_LABELS = 1_000_000
 _FLOAT32 = 3.4e38
@@ -29,25 +27,25 @@ _FLOAT32 = 3.4e38
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """How a model is used; the architecture itself is in its config.
+    """How a model is used; the architecture is in its config.
 
     Attributes:
         task: `causal_lm`, `sequence_classification`, `token_classification` or `encoder`.
-        num_labels: outputs of a classification head.
-        dtype: of the activations.
-        scan_layers: one scanned layer in place of unrolled layers.
-        pooling: what a sequence classifier reads: `pooler`, `cls`, `mean`, `last`, or None for the
+        num_labels: number of outputs of a classification head.
+        dtype: dtype of the activations.
+        scan_layers: whether to scan one layer instead of unrolling all layers.
+        pooling: the sequence classifier's input: `pooler`, `cls`, `mean`, `last`, or None for the
             architecture's own.
-        remat: what the backward pass computes again: a key of `jaxpeft.remat.REMAT_POLICIES`.
-        attention: the kernel that computes attention where it fits, a key of
+        remat: what the backward pass recomputes: a key of `jaxpeft.remat.REMAT_POLICIES`.
+        attention: the attention kernel, used where applicable: a key of
             `jaxpeft.models.attention.KERNELS`.
-        right_padded: whether rows are padded behind their tokens alone: a decoder needs no mask for
-            it then.
-        quant: which kernels of the base are quantized, and how (`jaxpeft.Quant`); None for none.
-        offload: whether the layers' kernels may lie in the host's memory: each layer then fetches
+        right_padded: whether rows are only padded on the right; a decoder then needs no padding
+            mask.
+        quant: which kernels of the base are quantized, and how (`jaxpeft.Quant`), or None.
+        offload: whether the layers' kernels may be in host memory, from which each layer fetches
             its own.
-        gathered: by their paths within a layer, the leaves that it gathers before it computes with
-            them, and where to.
+        gathered: pairs of a leaf's path within a layer and the sharding to which it is gathered
+            before use.
     """
 
     task: str
@@ -69,7 +67,7 @@ class Pretrained(nn.Module):
     Attributes:
         config: the architecture, a frozen dataclass read from `config.json`.
         options: how it is used.
-        source: where it was loaded from (`jaxpeft.hub.sources.Source`), None where it was not.
+        source: where it was loaded from (`jaxpeft.hub.sources.Source`), or None.
     """
 
     config: Any
@@ -82,16 +80,15 @@ class Family:
     """One architecture family.
 
     Attributes:
-        model_types: the `model_type` values of `config.json` that it serves.
-        build: makes the module; raises `ConfigError` listing every switch that is not supported.
+        model_types: the `model_type` values in `config.json` that it supports.
+        build: returns the module; raises `ConfigError` with every unsupported switch.
         prefix: name of the backbone in a model with a head, as in `bert.encoder...`.
-        ignored: expressions of names of tensors, without the prefix, that no task reads.
-        optional: those that some tasks read.
-        renamed: `(expression, replacement)` applied to checkpoint names first.
-        own_pooler: name of a tensor of the pooler that the architecture's own pooling needs, if
-            any.
-        embedding: how the name of the word embedding's tensor ends.
-        fields: what `config.json` calls those fields of the config that it calls otherwise.
+        ignored: regular expressions of tensor names, without the prefix, that no task reads.
+        optional: the same, for tensors that only some tasks read.
+        renamed: `(expression, replacement)` pairs, applied to checkpoint names first.
+        own_pooler: name of a pooler tensor that the architecture's own pooling needs, if any.
+        embedding: suffix of the word embedding's tensor name.
+        fields: names in `config.json` of config fields, where they differ.
     """
 
     model_types: tuple[str, ...]
@@ -106,13 +103,13 @@ class Family:
 
 
 class ConfigReader:
-    """Reads a `config.json`, collecting everything that is not supported.
+    """A reader of `config.json` that collects all unsupported settings.
 
     Args:
         config: its content.
-        defaults: what absent keys mean for this architecture.
-        problems: what is already known to be wrong, to be raised with the rest.
-        where: what to call the file in messages.
+        defaults: defaults of this architecture.
+        problems: known problems, which are raised with the rest.
+        where: path of the file, for messages.
     """
 
     def __init__(
@@ -135,26 +132,22 @@ class ConfigReader:
         return self._config.get(key, self._defaults.get(key))
 
     def integer(self, key: str, least: int = 1, most: int = LARGEST) -> int:
-        """Return a whole number; note a problem if it is not one, too small, or larger than any
-        model has it.
-        """
+        """Return an integer; record a problem if it is not one or out of range."""
         value = self.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and least <= value <= most:
             return value
         large = isinstance(value, int) and not isinstance(value, bool) and value > most
         bound = f"at most {most}" if large else f"at least {least}"
-        self.problems.append(f"{key}: must be a whole number of {bound}, is {show(value)}")
+        self.problems.append(f"{key}: must be an integer of {bound}, is {show(value)}")
         return max(least, 1)
 
     def number(self, key: str) -> float:
-        """Return a number that is not negative; note a problem if it is not one."""
+        """Return a nonnegative number; record a problem if it is not one."""
         value = self.get(key)
         return 0.0 if _is_number(value) and value == 0 else self.positive(key, value)
 
     def positive(self, name: str, value: Any) -> float:
-        """Return `value` where it is a number above 0 that float32 holds; else note a problem under
-        `name`.
-        """
+        """Return `value` if it is a positive float32; else record a problem under `name`."""
         if _is_number(value) and 0 < value <= _FLOAT32:
             return float(value)
         bound = f" of at most {_FLOAT32}" if _is_number(value) and value > _FLOAT32 else ""
@@ -162,9 +155,7 @@ class ConfigReader:
         return 1.0
 
     def rate(self, key: str, default: float = 0.0) -> float:
-        """Return a dropout rate, `default` where it is null; note a problem if it is not in [0,
-        1).
-        """
+        """Return a dropout rate, `default` if null; record a problem if it is not in [0, 1)."""
         value = self.get(key)
         if value is None:
             return default
@@ -174,14 +165,14 @@ class ConfigReader:
         return default
 
     def flag(self, key: str) -> bool:
-        """Return true or false, false where it is null; note a problem if it is neither."""
+        """Return a boolean, false if null; record a problem if it is not one."""
         value = self.get(key)
         if not isinstance(value, bool | None):
             self.problems.append(f"{key}: must be true or false, is {show(value)}")
         return bool(value)
 
     def one_of(self, key: str, known: Mapping[str, Any]) -> str:
-        """Return a name in `known`; note a problem if it is not."""
+        """Return a name in `known`; record a problem if it is not in it."""
         value = self.get(key)
         if isinstance(value, str) and value in known:
             return value
@@ -191,14 +182,12 @@ class ConfigReader:
         return next(iter(known))
 
     def refuse(self, key: str, why: str) -> None:
-        """Note a problem if a switch is on."""
+        """Record a problem if a switch is on."""
         if self.get(key):
             self.problems.append(f"{key}: {show(self.get(key))} is not supported: {why}")
 
     def quantized(self) -> None:
-        """Note a problem where the checkpoint is quantized, and not as `bitsandbytes` does it in
-        NF4.
-        """
+        """Record a problem if the checkpoint is quantized, except to NF4 by `bitsandbytes`."""
         found: Any = self.get("quantization_config")
         if not found:
             return
@@ -211,7 +200,7 @@ class ConfigReader:
             return
         kind, instead = (
             settings.get("bnb_4bit_quant_type", "fp4"),
-            "load the unquantized model, with quant=",
+            "load the unquantized model with quant=",
         )
         if settings.get("load_in_8bit"):
             self.problems.append(
@@ -219,7 +208,7 @@ class ConfigReader:
             )
         elif not settings.get("load_in_4bit"):
             self.problems.append(
-                "quantization_config: of bitsandbytes load_in_4bit alone is supported;"
+                "quantization_config: only load_in_4bit of bitsandbytes is supported;"
                 f" {instead}'nf4'"
             )
         elif kind != "nf4":
@@ -229,10 +218,10 @@ class ConfigReader:
             )
 
     def finish(self) -> None:
-        """Raise what was found.
+        """Raise an error if there are problems.
 
         Raises:
-            ConfigError: every problem.
+            ConfigError: It lists every problem.
         """
         kind = self._config.get("model_type")
         found = [f"{self._where} of a {kind} model: {problem}" for problem in self.problems]
@@ -245,9 +234,7 @@ def _is_number(value: Any) -> bool:
 
 
 def with_pooling(options: ModelOptions, own: str) -> ModelOptions:
-    """Name the architecture's own pooling where none was asked for, so that saying it and leaving
-    it out are the same.
-    """
+    """Set the pooling to the architecture's own if it is None, so that both are equivalent."""
     if options.task != "sequence_classification" or options.pooling is not None:
         return options
     return dataclasses.replace(options, pooling=own)
@@ -256,47 +243,45 @@ def with_pooling(options: ModelOptions, own: str) -> ModelOptions:
 def option_problems(
     options: ModelOptions, model_type: str, tasks: Sequence[str], poolings: Sequence[str]
 ) -> list[str]:
-    """Return what is wrong with the task, the labels, the pooling or the remat policy asked of an
-    architecture.
+    """List the problems with the task, labels, pooling or remat policy for an architecture.
 
     Args:
-        options: what was asked.
+        options: the options.
         model_type: the architecture.
-        tasks: that it has.
-        poolings: that its sequence classifier has.
+        tasks: its tasks.
+        poolings: poolings of its sequence classifier.
     """
     task, pooling = options.task, options.pooling
     labels: Any = options.num_labels
     problems: list[str] = []
     if task not in tasks:
         problems.append(
-            f"task: {task!r} is not one of a {model_type} model (it has {', '.join(tasks)})"
+            f"task: {task!r} is not supported by a {model_type} model (it has {', '.join(tasks)})"
         )
-    whole = isinstance(labels, int) and not isinstance(labels, bool)
-    if "classification" in task and (not (whole and 1 <= labels <= _MOST_LABELS)):
-        bound = f"most {_MOST_LABELS}" if whole and labels > 1 else "least 1"
+    integer = isinstance(labels, int) and not isinstance(labels, bool)
+    if "classification" in task and (not (integer and 1 <= labels <= _MOST_LABELS)):
+        bound = f"most {_MOST_LABELS}" if integer and labels > 1 else "least 1"
         problems.append(f"num_labels: must be at {bound}, is {show(labels)}")
     if "classification" not in task and labels is not None:
-        problems.append(f"num_labels: {show(labels)} goes with classification, task is {task!r}")
+        problems.append(f"num_labels: is {show(labels)}, but task {task!r} has no labels")
     if pooling is not None and pooling not in poolings:
         problems.append(
-            f"pooling: {pooling!r} is not one of a {model_type} model (it has"
+            f"pooling: {pooling!r} is not supported by a {model_type} model (it has"
             f" {', '.join(poolings)})"
         )
     elif pooling is not None and task != "sequence_classification":
-        problems.append(f"pooling: goes with task 'sequence_classification' only, task is {task!r}")
+        problems.append(f"pooling: needs task 'sequence_classification', but task is {task!r}")
     if options.remat not in REMAT_POLICIES:
         problems.append(f"remat: must be one of {', '.join(REMAT_POLICIES)}, is {options.remat!r}")
     return problems
 
 
 PAST = "past"
-"""The collection in which a caller finds the keys and values of each layer, `[2, batch, length,
-kv_heads * d]`, if it asks.
+"""The mutable collection for the keys and values of each layer, `[2, batch, length, kv_heads * d]`.
 """
 
 
 def abstract_params(model: Pretrained) -> Tree:
-    """Return the shapes and dtypes of a model's parameters without making them."""
+    """Return the shapes and dtypes of a model's parameters without allocating them."""
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]

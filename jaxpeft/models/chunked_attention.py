@@ -1,15 +1,14 @@
-"""Attention in plain XLA that writes no scores out: a block of keys after the other, forward and
-backward.
+"""Attention in plain XLA without materialized scores, block by block over the keys.
 
 With the scores `s = q k^T / sqrt(d)` of one block at a time, a running maximum `m` and sum `l` of
 `exp(s - m)` give the softmax over all keys (Milakov and Gimelshein 2018, "Online normalizer
 calculation for softmax", section 3, arXiv:1805.02867). The backward pass computes the weights `p =
-exp(s - m) / l` of a block again and needs, beside them, `D = sum(dy * y)` alone: `ds = p * (dy v^T
-- D)` (Dao et al. 2022, "FlashAttention", appendix B.2, arXiv:2205.14135). Memory is that of one
-block: Rabe and Staats 2021 (arXiv:2112.05682).
+exp(s - m) / l` of a block, and otherwise needs only `D = sum(dy * y)`: `ds = p * (dy v^T - D)` (Dao
+et al. 2022, "FlashAttention", appendix B.2, arXiv:2205.14135). The memory is that of one block:
+Rabe and Staats 2021 (arXiv:2112.05682).
 
-Queries may be some of a row, from the position `first` on, while the keys are all of it: so
-positions that are spread over devices are attended to, each device gathering keys and values
+The queries may be a part of the row that starts at the position `first`, while the keys are the
+full row. This supports positions sharded over devices: each device gathers all keys and values
 (Grattafiori et al. 2024, "The Llama 3 Herd of Models", section 3.3.2, arXiv:2407.21783).
 """
 
@@ -28,17 +27,17 @@ from jaxpeft.remat import ATTENTION
 
 Array = jax.Array
 MOST_SCORES = 2**25
-"""Scores of a block, where no fewer than `LEAST_KEYS` keys make one."""
+"""The maximum number of scores per block, unless it has only `LEAST_KEYS` keys."""
 LEAST_KEYS = 128
 _LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 def block_of(queries: int, keys: int) -> int:
-    """Return how many keys are a block.
+    """Return the number of keys per block.
 
     Args:
-        queries: rows times heads times the queries of a row.
-        keys: of a row.
+        queries: rows times heads times queries per row.
+        keys: keys per row.
     """
     return min(keys, max(LEAST_KEYS, MOST_SCORES // max(1, queries) // LEAST_KEYS * LEAST_KEYS))
 
@@ -58,11 +57,11 @@ def compute(
     Args:
         q: `[batch, query, heads, d]`.
         k: `[batch, key, kv_heads, d]`, kv_heads divides heads.
-        v: likewise.
-        mask: with no dense part.
-        drop: of the weights: there is none.
+        v: `[batch, key, kv_heads, d]`.
+        mask: a mask without a dense part.
+        drop: unused, since dropout is not supported.
         first: position of the first query, an int32 scalar.
-        block: keys of a block; None for as many as memory is well used with.
+        block: keys per block; None for `block_of`.
 
     Returns:
         `[batch, query, heads, d]`, of the dtype of `v`.
@@ -71,8 +70,7 @@ def compute(
     batch, length, heads, d = q.shape
     kv_heads = k.shape[2]
     size = block or block_of(batch * heads * length, k.shape[1])
-    # heads before positions, and those that share a key head one behind the other: both products
-    # are plain batched matmuls
+    # heads before positions, grouped by key head, so that both products are plain batched matmuls
     q, k, v = (jnp.swapaxes(array, 1, 2) for array in (q, k, v))
     q = q.reshape(batch, kv_heads, heads // kv_heads * length, d)
     out: Any = _attend(size, length, q, k, v, mask, jnp.asarray(first, jnp.int32))
@@ -113,7 +111,7 @@ def _forward(
     begin = jnp.full(shape, _LOWEST), jnp.zeros(shape), jnp.zeros(q.shape)
     (m, total, out), _ = jax.lax.scan(step, begin, blocks.starts)
     out = (out / total[..., None]).astype(v.dtype)
-    # by this name remat keeps what attention gave, and then it need not be computed again
+    # the name by which remat saves attention's output instead of recomputing it
     out, m, total = (checkpoint_name(array, ATTENTION) for array in (out, m, total))
     return out, (q, k, v, mask, first, out, m, total)
 
@@ -159,15 +157,15 @@ _attend.defvjp(_forward, _backward)
 
 
 class _Blocks:
-    """The blocks of the keys `[batch, kv_heads, key, d]` that queries `[batch, kv_heads, heads /
-    kv_heads * query, d]` attend to.
+    """The blocks of keys `[batch, kv_heads, key, d]` for queries `[batch, kv_heads, heads /
+    kv_heads * query, d]`.
     """
 
     def __init__(
         self, size: int, length: int, q: Array, k: Array, v: Array, mask: Mask, first: Array
     ) -> None:
-        # or JAX makes the masks of all blocks before a scan over layers, as no layer changes them:
-        # they are as large as all scores
+        # otherwise JAX hoists the masks of all blocks, as large as all scores, out of a scan over
+        # layers
         q, first, mask = jax.lax.optimization_barrier((q, first, mask))
         self.size, self.length, self.first, self.mask, self.q = size, length, first, mask, q
         self.all, self.scale = k.shape[2], q.shape[-1] ** -0.5
@@ -189,9 +187,7 @@ class _Blocks:
     def when_visible(
         self, start: Array, do: Callable[[Any], Any], skip: Callable[[Any], Any], carry: Any
     ) -> Any:
-        """Do one thing where a query may see a key of a block, as far as positions alone tell, and
-        another where none does.
-        """
+        """Call `do` if, by its position, a query may attend to a key of the block, else `skip`."""
         if not self.mask.causal:
             return do(carry)
         seen = start < self.first + self.length
@@ -200,9 +196,7 @@ class _Blocks:
         return jax.lax.cond(seen, do, skip, carry)
 
     def where(self, allowed: Array | None, array: Array, other: float) -> Array:
-        """Return an array of the shape of the scores with another number where they do not
-        count.
-        """
+        """Return an array shaped like the scores, with `other` where they are masked."""
         return (
             array
             if allowed is None
@@ -210,9 +204,7 @@ class _Blocks:
         )
 
     def scores(self, start: Array) -> tuple[Array, Array | None]:
-        """Return the scores of a block, and which of them count: `[batch or 1, 1, query, key]`,
-        None for all.
-        """
+        """Return the scores of a block and their mask `[batch or 1, 1, query, key]`, or None."""
         scores = (
             jnp.einsum(
                 "bhtd,bhsd->bhts", self.q, self.keys(start), preferred_element_type=jnp.float32
@@ -221,9 +213,9 @@ class _Blocks:
         )
         allowed = self._allowed(start)
         scores = self.where(allowed, scores, _LOWEST)
-        if self.all % self.size:  # what fills up the last block counts in no average either
-            there = start + jnp.arange(self.size, dtype=jnp.int32) < self.all
-            scores = jnp.where(there, scores, -jnp.inf)
+        if self.all % self.size:  # exclude the padding of the last block from averages, too
+            valid = start + jnp.arange(self.size, dtype=jnp.int32) < self.all
+            scores = jnp.where(valid, scores, -jnp.inf)
         return scores, allowed
 
     def _allowed(self, start: Array) -> Array | None:

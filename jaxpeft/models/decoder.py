@@ -1,5 +1,4 @@
-"""The decoder family: Llama 2 and 3, Mistral, Qwen2 and 2.5, Qwen3; one implementation, driven by
-the config.
+"""The decoder family: Llama 2 and 3, Mistral, Qwen2 and 2.5, Qwen3, in one implementation.
 
 Touvron et al. 2023 (arXiv:2302.13971), Jiang et al. 2023 (arXiv:2310.06825), Qwen team 2024 and
 2025 (arXiv:2407.10671, arXiv:2505.09388).
@@ -48,12 +47,12 @@ Array = jax.Array
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder's architecture; the names are those of `config.json`, `windows` apart.
+    """A decoder's architecture, with the names of `config.json` except for `windows`.
 
     Attributes:
-        classifier_bias: of the token classification head.
-        windows: one a layer: how many positions back a query sees, itself included; 0 for all. None
-            if all are 0.
+        classifier_bias: whether the token classification head has a bias.
+        windows: window size of each layer, including the query itself; 0 for no limit. None if all
+            are 0.
     """
 
     vocab_size: int
@@ -80,7 +79,7 @@ class DecoderConfig:
 
     @property
     def own_pooling(self) -> str:
-        """What the sequence classifier of `transformers` reads."""
+        """The pooling of the sequence classifier in `transformers`."""
         return "last"
 
 
@@ -105,11 +104,11 @@ def read_config(
 
     Args:
         config: its content.
-        problems: what is already known to be wrong, to be raised with the rest.
-        where: what to call the file in messages.
+        problems: known problems, which are raised with the rest.
+        where: path of the file, for messages.
 
     Raises:
-        ConfigError: listing every switch that is missing or not supported.
+        ConfigError: Switches are missing or not supported; it lists all of them.
     """
     kind = config["model_type"]
     reader = ConfigReader(config, {**_DEFAULTS, **_OWN_DEFAULTS.get(kind, {})}, problems, where)
@@ -147,11 +146,11 @@ def read_config(
 
 
 def _heads(reader: ConfigReader) -> tuple[int, int, int]:
-    """Return the numbers of query and key heads, and the size of a head."""
+    """Return the numbers of query and key heads, and the head size."""
     hidden = reader.get("hidden_size")
     heads = reader.integer("num_attention_heads", most=MOST_HEADS)
-    given = reader.get("num_key_value_heads") is not None
-    kv_heads = reader.integer("num_key_value_heads", most=MOST_HEADS) if given else heads
+    grouped = reader.get("num_key_value_heads") is not None
+    kv_heads = reader.integer("num_key_value_heads", most=MOST_HEADS) if grouped else heads
     if heads == reader.get("num_attention_heads") and heads % kv_heads:
         reader.problems.append(
             f"num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}"
@@ -165,7 +164,7 @@ def _heads(reader: ConfigReader) -> tuple[int, int, int]:
                 f"num_attention_heads: {heads} does not divide hidden_size {hidden}"
             )
     if size % 2:
-        reader.problems.append(f"head_dim: must be even, to rotate pairs, is {size}")
+        reader.problems.append(f"head_dim: must be even for rotary embeddings, is {size}")
     return heads, kv_heads, size
 
 
@@ -214,15 +213,15 @@ class Attention(nn.Module):
     def __call__(
         self, x: Array, residual: Array, past: Array | None, cos: Array, sin: Array, mask: Mask
     ) -> Array:
-        """Attend, and join the residual stream.
+        """Attend, and add the result to the residual stream.
 
         Args:
             x: `[batch, length, d]`.
-            residual: the same before the norm.
+            residual: `x` before the norm.
             past: keys and values of virtual positions, see `Virtual`.
-            cos: the rotation tables.
-            sin: likewise.
-            mask: which position may attend to which.
+            cos: cosines of the rotation angles.
+            sin: sines of the rotation angles.
+            mask: the attention mask.
         """
         c, batch, length = self.config, *x.shape[:2]
         heads = {
@@ -254,7 +253,7 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, residual: Array) -> Array:
-        """Map `x [..., d]` to `[..., d]`, and join the residual stream."""
+        """Map `x [..., d]` to `[..., d]`, and add it to the residual stream."""
         c, options = self.config, self.options
         gate_proj, up_proj = (
             dense(c.intermediate_size, name, options, bias=c.mlp_bias)
@@ -288,11 +287,11 @@ class Block(nn.Module):
 
         Args:
             x: `[batch, length, d]`.
-            per_layer: its window, an int32 scalar, 0 for no limit, and its past.
-            cos: the rotation tables.
-            sin: likewise.
-            mask: which position may attend to which.
-            places: `[batch or 1, key]`, which windows are counted in; None without windows.
+            per_layer: its window, an int32 scalar (0 for no limit), and its past.
+            cos: cosines of the rotation angles.
+            sin: sines of the rotation angles.
+            mask: the attention mask.
+            places: `[batch or 1, key]`, positions for the windows; None without windows.
         """
         c, options = self.config, self.options
         x, (window, past) = mark_input(x), per_layer
@@ -330,8 +329,9 @@ class DecoderBackbone(Pretrained):
         segment_ids: Array | None = None,
         virtual: Virtual = Virtual(),  # noqa: B008 - frozen
     ) -> Array:
-        """Return the hidden states after the final norm, `[batch, length, d]`; `token_type_ids`
-        mean nothing here.
+        """Return the hidden states after the final norm, `[batch, length, d]`.
+
+        `token_type_ids` are ignored.
         """
         del token_type_ids
         c, options = self.config, self.options
@@ -340,7 +340,8 @@ class DecoderBackbone(Pretrained):
         cos, sin = rope.tables(
             c.rope, c.head_dim, c.max_position_embeddings, virtual.positions(where)
         )
-        # one window for all layers, counted from tokens alone, is left to the attention kernel
+        # the attention kernel handles a window that is the same in all layers, without virtual
+        # tokens
         window = (
             c.windows[0]
             if c.windows is not None and len(set(c.windows)) == 1 and not virtual.count
@@ -384,7 +385,7 @@ class DecoderWithHead(Pretrained):
             self.lm_head = dense(c.vocab_size, None, options, bias=False)
 
     def head(self, x: Array) -> Array:
-        """Return a language model's logits, float32 `[..., vocab]`, of hidden states `[..., d]`."""
+        """Return the float32 logits `[..., vocab]` of a language model for hidden states."""
         out = self.model.logits(x) if self.config.tie_word_embeddings else self.lm_head(x)
         out = out.astype(jnp.float32)
         return constrain(out, BATCH, LENGTH, VOCAB) if out.ndim == 3 else out
@@ -398,10 +399,9 @@ class DecoderWithHead(Pretrained):
         hidden: bool = False,
         **inputs: Any,
     ) -> Array:
-        """Return float32 logits: of every position, or one row a text for sequence classification.
+        """Return float32 logits, for every position or, for sequence classification, every row.
 
-        Of a language model `hidden` asks for what the head reads in place of the logits, `[batch,
-        length, d]`.
+        With `hidden`, a language model returns the head's input `[batch, length, d]` instead.
         """
         c, options = self.config, self.options
         x = self.model(input_ids, attention_mask, virtual=virtual, **inputs)
@@ -410,17 +410,17 @@ class DecoderWithHead(Pretrained):
         if options.task == "token_classification":
             return self.score(dropout(self, c.classifier_dropout, x))
         if options.pooling == "last" and c.pad_token_id is not None:
-            # as in transformers, which tells padding by the token
+            # as in transformers, which detects padding by the token
             text = input_ids != c.pad_token_id
             attention_mask = text if attention_mask is None else text & (attention_mask > 0)
         return self.score(pool(x, attention_mask, options.pooling))
 
 
 def build(config: Mapping[str, Any], options: ModelOptions, where: str) -> Pretrained:
-    """Make a decoder from its `config.json`.
+    """Build a decoder from its `config.json`.
 
     Raises:
-        ConfigError: listing everything that is not supported.
+        ConfigError: Settings are not supported; it lists all of them.
     """
     tasks = ("causal_lm", "sequence_classification", "token_classification", "encoder")
     problems = option_problems(options, config["model_type"], tasks, ("last", "mean", "cls"))

@@ -36,19 +36,19 @@ Array = jax.Array
 
 
 class _Part(nn.Module):
-    """A part of a model that is made from the config alone."""
+    """A submodule that is built from the config and the options."""
 
     config: EncoderConfig
     options: ModelOptions
 
     def norm(self, name: str, x: Array) -> Array:
-        """Apply a layer norm of this name."""
+        """Apply a layer norm with this name."""
         return LayerNorm(self.config.layer_norm_eps, self.options.dtype, name=name)(x)
 
     def attention(
         self, x: Array, past: Array | None, mask: Mask, names: tuple[str, str, str]
     ) -> Array:
-        """Project and attends: `[batch, length, d]` to the same, before the output projection."""
+        """Project and attend, `[batch, length, d]` to the same, before the output projection."""
         c = self.config
         shape = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         first, *others = (dense(c.hidden_size, name, self.options) for name in names)
@@ -64,7 +64,7 @@ class Embeddings(_Part):
     def __call__(
         self, input_ids: Array, token_type_ids: Array | None, position_ids: Array, virtual: Virtual
     ) -> Array:
-        """Return `[batch, length, d]`, a prompt in front if there is one, whose token type is 0."""
+        """Return `[batch, length, d]`, with the prompt, if any, in front with token type 0."""
         c = self.config
 
         def embed(count: int, name: str, ids: Array) -> Array:
@@ -93,7 +93,7 @@ class _Output(_Part):
     @nn.compact
     def __call__(self, x: Array, residual: Array) -> Array:
         out = residual_dense(self.config.hidden_size, "dense", self.options)
-        # one module, as an adapter may apply it twice
+        # a shared module, since an adapter may apply it twice
         norm = LayerNorm(self.config.layer_norm_eps, self.options.dtype, name="LayerNorm")
         joined = out.join(dropout(self, self.config.hidden_dropout, out(x)), residual, norm)
         return mark_product(constrain(joined, BATCH, LENGTH, HIDDEN))
@@ -170,7 +170,7 @@ class DistilBertBlock(_Part):
 
 
 class _Stack(_Part):
-    """The module that holds the layers: `encoder` in BERT, `transformer` in DistilBERT."""
+    """The module with the layers: `encoder` in BERT, `transformer` in DistilBERT."""
 
     @nn.compact
     def __call__(self, x: Array, past: Array | None, mask: Mask) -> Array:
@@ -190,8 +190,8 @@ class EncoderBackbone(Pretrained):
     """Embeddings and layers: the model of task `encoder`.
 
     Attributes:
-        with_pooler: whether to give the pooler's vector in place of the hidden states.
-        with_prompt: whether to give a prompt's hidden states as well, in front of the tokens'.
+        with_pooler: whether to return the pooler's vector instead of the hidden states.
+        with_prompt: whether to include the prompt's hidden states in front of the tokens'.
     """
 
     with_pooler: bool = False
@@ -211,8 +211,8 @@ class EncoderBackbone(Pretrained):
         """Return hidden states `[batch, length, d]`, or the pooler's vector `[batch, d]`.
 
         Raises:
-            DataError: rows are longer than the position table, or a prompt stands before rows of
-                several documents.
+            DataError: Rows are longer than the position table, or a prompt is used with packed
+                rows.
         """
         c, options = self.config, self.options
         batch, length = input_ids.shape
@@ -223,8 +223,8 @@ class EncoderBackbone(Pretrained):
             where = _offset(c, input_ids, counted, segment_ids, by_token=not virtual.prompted)
         if virtual.prompted and segment_ids is not None:
             raise DataError(
-                "segment_ids: a prompt sees all tokens of a row, so a row can hold one text; do not"
-                " pack"
+                "segment_ids: a prompt attends to all tokens of a row, so rows cannot be packed;"
+                " disable packing"
             )
         where = _shift_positions(c, virtual, where)
         x = Embeddings(c, options, name="embeddings")(input_ids, token_type_ids, where, virtual)
@@ -240,8 +240,9 @@ class EncoderBackbone(Pretrained):
 
 
 def _shift_positions(c: EncoderConfig, virtual: Virtual, where: Array) -> Array:
-    """Return the positions of prompt and tokens; RoBERTa's begin behind that of pad tokens, which
-    virtual ones do not shift.
+    """Return the positions of prompt and tokens.
+
+    RoBERTa's start after that of pad tokens, which virtual tokens do not shift.
     """
     shifted = virtual.positions(where)
     if c.kind != "roberta" or not virtual.count:
@@ -254,23 +255,24 @@ def _shift_positions(c: EncoderConfig, virtual: Virtual, where: Array) -> Array:
 
 
 def _check_length(c: EncoderConfig, length: int, virtual: int, segment_ids: Array | None) -> None:
-    """Refuse rows beyond the position table, whose look-up would give NaN."""
+    """Raise an error for rows beyond the position table, for which the lookup would return NaN."""
     most = c.max_position_embeddings - (c.pad_token_id + 1 if c.kind == "roberta" else 0)
     if length + virtual > most and segment_ids is None:
-        beside = f" behind {virtual} virtual ones" if virtual else ""
+        more = f" and {virtual} virtual ones" if virtual else ""
         raise DataError(
-            f"input_ids: a row has {length} tokens{beside} and the {c.kind} model reads at most"
-            f" {most}; cut the texts"
+            f"input_ids: a row has {length} tokens{more}, but the {c.kind} model supports at most"
+            f" {most}; truncate the texts"
         )
 
 
 def _offset(
     c: EncoderConfig, input_ids: Array, counted: Array, segment_ids: Array | None, *, by_token: bool
 ) -> Array:
-    """RoBERTa's positions: tokens count from `pad_token_id + 1`, a pad token is at `pad_token_id`.
+    """Return RoBERTa's positions: tokens start at `pad_token_id + 1`, pad tokens are at
+    `pad_token_id`.
 
-    Behind a prompt all places count, pad tokens too: so does `transformers`, which is given
-    embeddings then, not tokens.
+    After a prompt, pad tokens count like others, as in `transformers`, which then gets embeddings
+    instead of tokens.
     """
     if c.kind != "roberta":
         return counted
@@ -283,7 +285,7 @@ def _offset(
 
 
 class RobertaHead(_Part):
-    """RoBERTa's classification head: two layers with tanh between."""
+    """RoBERTa's classification head: two layers with tanh between them."""
 
     labels: int = 2
 
@@ -308,9 +310,9 @@ class EncoderWithHead(Pretrained):
         virtual: Virtual = Virtual(),  # noqa: B008 - frozen
         **inputs: Any,
     ) -> Array:
-        """Return float32 logits: `[batch, labels]`, or of every token for token classification.
+        """Return float32 logits `[batch, labels]`, or for every token for token classification.
 
-        The pooling `cls` reads the first place, which is a prompt's if there is one.
+        The pooling `cls` uses the first position, which may belong to a prompt.
         """
         c, options = self.config, self.options
         how = options.pooling
@@ -330,10 +332,10 @@ class EncoderWithHead(Pretrained):
 
 
 def build(config: Mapping[str, Any], options: ModelOptions, where: str) -> Pretrained:
-    """Make an encoder from its `config.json`.
+    """Build an encoder from its `config.json`.
 
     Raises:
-        ConfigError: listing everything that is not supported.
+        ConfigError: Settings are not supported; it lists all of them.
     """
     kind = config["model_type"]
     poolings = ("pooler", "cls", "mean") if kind == "bert" else ("cls", "mean")

@@ -16,9 +16,9 @@ class EncoderConfig:
     """An encoder's architecture.
 
     Attributes:
-        kind: `bert`, `roberta` or `distilbert`, which name and nest their modules differently.
-        type_vocab_size: kinds of token types, 0 for none.
-        pad_token_id: which RoBERTa counts its positions from.
+        kind: `bert`, `roberta` or `distilbert`, whose module names differ.
+        type_vocab_size: number of token types, which may be 0.
+        pad_token_id: start of RoBERTa's positions.
     """
 
     kind: str
@@ -38,7 +38,7 @@ class EncoderConfig:
 
     @property
     def own_pooling(self) -> str:
-        """What the sequence classifier of `transformers` reads."""
+        """The pooling of the sequence classifier in `transformers`."""
         return "pooler" if self.kind == "bert" else "cls"
 
 
@@ -71,18 +71,18 @@ def read_config(
 
     Args:
         config: its content.
-        task: decides which dropout its head has.
-        problems: what is already known to be wrong, to be raised with the rest.
-        where: what to call the file in messages.
+        task: the task, which determines the head's dropout.
+        problems: known problems, which are raised with the rest.
+        where: path of the file, for messages.
 
     Raises:
-        ConfigError: listing every switch that is missing or not supported.
+        ConfigError: Switches are missing or not supported; it lists all of them.
     """
     kind = config["model_type"]
     reader = ConfigReader(config, _DEFAULTS[kind], problems, where)
     reader.quantized()
-    reader.refuse("is_decoder", "only encoders are")
-    reader.refuse("add_cross_attention", "only encoders are")
+    reader.refuse("is_decoder", "only encoders are supported")
+    reader.refuse("add_cross_attention", "only encoders are supported")
     reader.refuse("pruned_heads", "all layers must have all heads")
     positions = reader.get("position_embedding_type")
     if positions not in (None, "absolute"):

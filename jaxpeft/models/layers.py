@@ -1,4 +1,4 @@
-"""Parts that the architectures share: norms, dropout, linear modules, and the stack of layers."""
+"""Building blocks of the architectures: norms, dropout, linear modules, and the stack of layers."""
 
 from __future__ import annotations
 
@@ -58,13 +58,12 @@ class LayerNorm(nn.Module):
 
 
 def dropout(module: nn.Module, rate: float, x: Array) -> Array:
-    """Apply dropout in a training call, that is, one that was given a `dropout` key (Srivastava et
-    al. 2014).
+    """Apply dropout in a training call, that is, one with a `dropout` key (Srivastava et al. 2014).
 
     Args:
-        module: whose key stream is used.
-        rate: probability of a zero, to the nearest of 65536 steps.
-        x: any shape but a scalar.
+        module: module whose key stream is used.
+        rate: probability of a zero, rounded to a multiple of 1/65536.
+        x: any shape except a scalar.
 
     Returns:
         The shape and dtype of `x`.
@@ -72,7 +71,7 @@ def dropout(module: nn.Module, rate: float, x: Array) -> Array:
     kept_steps = round((1 - rate) * _STEPS)
     if kept_steps == _STEPS or not module.has_rng("dropout"):
         return x
-    draws = _has_rng(module.make_rng("dropout"), x.shape)
+    draws = _random_uint16(module.make_rng("dropout"), x.shape)
     return jnp.where(
         draws < kept_steps,
         x * jnp.asarray(_STEPS / max(kept_steps, 1), x.dtype),
@@ -83,9 +82,9 @@ def dropout(module: nn.Module, rate: float, x: Array) -> Array:
 _STEPS = 1 << 16
 
 
-def _has_rng(key: Array, shape: tuple[int, ...]) -> Array:
-    """Draw uniform uint16 numbers, two from each 32 bits that the generator makes: they are most of
-    dropout's cost.
+def _random_uint16(key: Array, shape: tuple[int, ...]) -> Array:
+    """Draw uniform uint16 numbers, two from each 32 bits, since random bits dominate the cost of
+    dropout.
     """
     words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)), jnp.uint32)
     halves = jax.lax.bitcast_convert_type(words, jnp.uint16)
@@ -93,44 +92,40 @@ def _has_rng(key: Array, shape: tuple[int, ...]) -> Array:
 
 
 def mark_product(x: Array) -> Array:
-    """Mark what a layer's products give, which remat of `products` does not compute again."""
+    """Name the output of a layer's products, which the remat policy `products` saves."""
     return checkpoint_name(x, PRODUCT)
 
 
 def mark_input(x: Array) -> Array:
-    """Mark what a layer is given, which remat of `offload` keeps in the host's memory."""
+    """Name the input of a layer, which the remat policy `offload` stores in host memory."""
     return checkpoint_name(x, INPUT)
 
 
 class Linear(nn.Dense):
-    """A linear module; where others read the same input, computing them with it is a method of its
-    own.
-    """
+    """A linear module that can compute other modules with the same input (`together`)."""
 
     def together(self, x: Array, *others: nn.Dense) -> tuple[Array, ...]:
-        """Return what this module and others give for `x`."""
+        """Return the outputs of this module and of others for `x`."""
         return self(x), *(other(x) for other in others)
 
 
 def dense(features: int, name: str | None, options: ModelOptions, *, bias: bool = True) -> Linear:
-    """Make a linear module that computes in the activations' dtype."""
+    """Return a linear module that computes in the activations' dtype."""
     return Linear(features, use_bias=bias, dtype=options.dtype, name=name)
 
 
 class Joining(Linear):
-    """A linear module that writes to the residual stream: where a sub-layer's output joins it is a
-    method of its own.
-    """
+    """A linear module whose output is added to the residual stream by a method, `join`."""
 
     def join(
         self, h: Array, residual: Array, norm: Callable[[Array], Array] | None = None
     ) -> Array:
-        """Return `residual + h`, normalized where a layer normalizes behind the sum.
+        """Return `residual + h`, normalized in a post-norm layer.
 
         Args:
             h: `[..., d]`, the sub-layer's output.
-            residual: `[..., d]`, what the sub-layer was given, before its own norm.
-            norm: the norm behind the sum, if there is one.
+            residual: `[..., d]`, the sub-layer's input before its norm.
+            norm: the norm after the sum, or None.
         """
         out = residual + h
         return out if norm is None else norm(out)
@@ -139,12 +134,12 @@ class Joining(Linear):
 def residual_dense(
     features: int, name: str, options: ModelOptions, *, bias: bool = True
 ) -> Joining:
-    """Make a linear module that writes to the residual stream."""
+    """Return a linear module whose output is added to the residual stream."""
     return Joining(features, use_bias=bias, dtype=options.dtype, name=name)
 
 
 def head_dense(features: int, name: str | None, *, bias: bool = True) -> nn.Dense:
-    """Make a linear module of a task head: float32, whatever the base."""
+    """Return a float32 linear module of a task head."""
     return nn.Dense(
         features,
         use_bias=bias,
@@ -165,12 +160,13 @@ def run_layers(
     """Run a stack of layers, scanned or unrolled, in the scope of the calling module.
 
     Args:
-        block: a module class; called with `(x, per_layer, *shared)`, it gives `(x, None)`.
+        block: a module class; called with `(x, per_layer, *shared)`, it returns `(x, None)`.
         fields: its fields.
         count: number of layers.
-        name: of the stack in the tree, `layers` or `layer`.
-        options: `scan_layers` and `remat`.
-        *inputs: `x`; then a pytree with a leading layer axis, or None; then what all layers share.
+        name: name of the stack in the tree, `layers` or `layer`.
+        options: options of the model, with `scan_layers` and `remat`.
+        *inputs: `x`; then a pytree with a leading layer axis, or None; then inputs shared by all
+            layers.
 
     Returns:
         The last layer's `x`.
@@ -192,7 +188,7 @@ def run_layers(
 
 
 def _remat(block: type[nn.Module], options: ModelOptions) -> Any:
-    """Wrap a block so that the backward pass computes again what the policy does not keep."""
+    """Wrap a block so that the backward pass recomputes what the policy does not save."""
     if options.remat == "none":
         return block
     return nn.remat(
@@ -201,28 +197,27 @@ def _remat(block: type[nn.Module], options: ModelOptions) -> Any:
 
 
 def _fetch_parameters(block: type[nn.Module], options: ModelOptions) -> Any:
-    """Wrap a block so that it begins by bringing its parameters to where it computes with them;
-    most are there already.
+    """Wrap a block so that it first moves its parameters to the device or gathers them.
 
-    Inside of remat, so that the backward pass brings them anew, and keeps none.
+    This happens inside of remat, so that the backward pass moves them again instead of saving them.
     """
     gathered = dict(options.gathered)
 
-    def brought(path: Path, leaf: Any) -> Any:
+    def fetch(path: Path, leaf: Any) -> Any:
         if options.offload:
             leaf = jax.device_put(leaf, jax.memory.Space.Device)
         if path in gathered and mesh_of() is not None:
             leaf = jax.lax.with_sharding_constraint(leaf, gathered[path])
         return leaf
 
-    def all_brought(variables: Any) -> Any:
-        return {kind: paths.map_with_path(brought, leaves) for kind, leaves in variables.items()}
+    def fetch_all(variables: Any) -> Any:
+        return {kind: paths.map_with_path(fetch, leaves) for kind, leaves in variables.items()}
 
-    return nn.map_variables(block, "params", trans_in_fn=all_brought, init=True, mutable=True)
+    return nn.map_variables(block, "params", trans_in_fn=fetch_all, init=True, mutable=True)
 
 
 def _saveable(policy: RematPolicy) -> Any:
-    """Return what `jax.checkpoint` calls a policy, None for one that keeps nothing."""
+    """Return the `jax.checkpoint` policy; None if nothing is saved."""
     if policy.offloaded:
         return jax.checkpoint_policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[*policy.kept],
@@ -234,18 +229,16 @@ def _saveable(policy: RematPolicy) -> Any:
 
 
 def _saves(*names: str) -> Callable[..., bool]:
-    """Make a policy that keeps what bears one of these names, and what flash attention needs for
-    its gradient.
-    """
-    named = jax.checkpoint_policies.save_only_these_names(*names)
-    # its sums are named nowhere: without them attention would be computed again
+    """Return a policy that saves these names, and the residuals of flash attention."""
+    by_name = jax.checkpoint_policies.save_only_these_names(*names)
+    # its softmax statistics have no name: without them attention would be recomputed
     return lambda primitive, *args, **how: (
-        primitive.name.startswith("dot_product_attention_fwd") or named(primitive, *args, **how)
+        primitive.name.startswith("dot_product_attention_fwd") or by_name(primitive, *args, **how)
     )
 
 
 class _Unrolled(nn.Module):
-    """The layers one after the other, named by their numbers."""
+    """The unrolled layers, named by their numbers."""
 
     block: Any
     fields: Mapping[str, Any]
@@ -260,13 +253,13 @@ class _Unrolled(nn.Module):
 
 
 def pool(x: Array, attention_mask: Array | None, how: str | None) -> Array:
-    """Return one vector a row.
+    """Return one vector per row.
 
     Args:
         x: `[batch, length, d]`.
-        attention_mask: `[batch, length]`, 1 for a token, padded on either side.
-        how: `cls` for the first place, `mean` for the mean over tokens (in float32), `last` for the
-            last token.
+        attention_mask: `[batch, length]`, 1 for a token; padding may be on either side.
+        how: `cls` for the first position, `mean` for the mean over tokens (in float32), `last` for
+            the last token.
 
     Returns:
         `[batch, d]`.

@@ -1,4 +1,4 @@
-"""What a position may see: the mask of a batch, and virtual positions in front of its tokens."""
+"""Attention masks, and virtual positions in front of a row's tokens."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ Array = jax.Array
 )
 @dataclass(frozen=True)
 class Mask:
-    """Which position may attend to which: all that the parts allow.
+    """An attention mask, as the conjunction of its parts.
+
+    With `segments` or `causal`, queries and keys have the same positions.
 
     Attributes:
-        dense: bool, broadcast to `[batch, 1, query, key]`; None where everything is allowed.
-        text: bool `[batch, key]`: which keys are seen; None for all.
-        segments: `[batch, length]`: a position sees its own segment only; None where rows are
-            whole. Queries and keys are then the same positions, and so they are where `causal`.
-        causal: whether a position sees only itself and those before it.
-        window: how many positions back, itself included, where `causal`; 0 for all.
+        dense: bool, broadcast to `[batch, 1, query, key]`; None if everything is visible.
+        text: bool `[batch, key]`, the visible keys; None for all.
+        segments: `[batch, length]`, segment ids: a position only attends to its own segment; None
+            if rows are not packed.
+        causal: whether a position only attends to itself and earlier ones.
+        window: window size, including the position itself, if `causal`; 0 for no limit.
     """
 
     dense: Array | None = None
@@ -41,8 +43,9 @@ class Mask:
     window: int = 0
 
     def row_mask(self) -> Array | None:
-        """Return what depends on the rows as one array, broadcast to `[batch, 1, query, key]`; None
-        where everything is allowed.
+        """Return the parts that depend on the rows as one array; None if everything is visible.
+
+        The array broadcasts to `[batch, 1, query, key]`.
         """
         parts = [] if self.dense is None else [self.dense]
         if self.text is not None:
@@ -55,39 +58,40 @@ class Mask:
         return found
 
     def to_array(self, length: int) -> Array | None:
-        """Return all of it as one array, broadcast to `[batch, 1, query, key]`; None where
-        everything is allowed.
+        """Return the full mask as one array; None if everything is visible.
+
+        The array broadcasts to `[batch, 1, query, key]`.
         """
-        given = self.row_mask()
+        rows = self.row_mask()
         if not self.causal:
-            return given
+            return rows
         seen = jnp.tril(jnp.ones((1, 1, length, length), bool))
         if self.window:
             seen = seen & ~jnp.tril(seen, -self.window)
-        return seen if given is None else seen & given
+        return seen if rows is None else seen & rows
 
     def prepare(self, kernel: str, length: int) -> Mask:
-        """Return the same as a kernel takes it, made once for all layers."""
+        """Return the mask in the form that a kernel needs, computed once for all layers."""
         if kernel != "xla":
             return self
         full = self.to_array(length)
         return Mask(full if full is None else constrain(full, BATCH, None, LENGTH, None))
 
     def restrict(self, near: Array) -> Mask:
-        """Narrow it to where `near`, bool, broadcast to `[batch, 1, query, key]`, is true."""
+        """Restrict the mask to `near`, bool, broadcast to `[batch, 1, query, key]`."""
         return dataclasses.replace(self, dense=near if self.dense is None else self.dense & near)
 
 
 def make_mask(
     attention_mask: Array | None, segment_ids: Array | None, *, causal: bool, window: int = 0
 ) -> Mask:
-    """Return which position may attend to which.
+    """Return the attention mask of a batch.
 
     Args:
-        attention_mask: `[batch, length]`, 1 for a token; None for tokens alone.
-        segment_ids: `[batch, length]`; a position sees its own segment only.
-        causal: whether a position sees only itself and those before it.
-        window: how many positions back, itself included; 0 for all.
+        attention_mask: `[batch, length]`, 1 for a token; None if there is no padding.
+        segment_ids: `[batch, length]`; a position only attends to its own segment.
+        causal: whether a position only attends to itself and earlier ones.
+        window: window size, including the position itself; 0 for no limit.
     """
     text = None if attention_mask is None else attention_mask.astype(bool)
     return Mask(None, text, segment_ids, causal, window)
@@ -95,13 +99,13 @@ def make_mask(
 
 @dataclass(frozen=True)
 class Virtual:
-    """Positions in front of a row's tokens that no token stands at; every token sees them, in each
-    segment of a packed row.
+    """Virtual positions in front of a row's tokens; every token attends to them, in each segment of
+    a packed row.
 
     Attributes:
-        past: `[layers, 2, batch or 1, n, kv_heads * d]`: the keys (rotated already) and values of
+        past: `[layers, 2, batch or 1, n, kv_heads * d]`, the keys (already rotated) and values of
             each layer; or None.
-        prompt: `[batch or 1, n, hidden]`: embeddings that run through all layers; or None.
+        prompt: `[batch or 1, n, hidden]`, embeddings that run through all layers; or None.
     """
 
     past: Array | None = None
@@ -109,12 +113,12 @@ class Virtual:
 
     @property
     def count(self) -> int:
-        """How many positions they take."""
+        """The number of virtual positions."""
         return sum(part.shape[-2] for part in (self.past, self.prompt) if part is not None)
 
     @property
     def prompted(self) -> int:
-        """How many of them run through the layers."""
+        """The number of virtual positions that run through the layers."""
         return 0 if self.prompt is None else self.prompt.shape[-2]
 
     def prepend(self, x: Array) -> Array:
@@ -127,8 +131,8 @@ class Virtual:
         return jnp.concatenate([prompt, x], axis=1)
 
     def positions(self, where: Array) -> Array:
-        """Return the positions of prompt and tokens `[batch, prompted + length]`, from the tokens'
-        own, which are shifted.
+        """Return the positions of prompt and tokens, `[batch, prompted + length]`, from the
+        tokens' unshifted ones.
         """
         where = where + self.count
         if self.prompt is None:
@@ -139,15 +143,16 @@ class Virtual:
         )
 
     def mask(self, mask: Mask, length: int) -> Mask:
-        """Widen what tokens may attend to by the virtual positions, which every query sees but a
-        prompt's its future.
+        """Extend a mask by the virtual positions, which are visible to every query.
+
+        A causal prompt does not attend to later positions.
 
         Args:
-            mask: of the tokens.
-            length: of the tokens.
+            mask: mask of the tokens.
+            length: number of tokens.
 
         Returns:
-            That of `[batch, 1, prompted + length, count + length]`.
+            The mask `[batch, 1, prompted + length, count + length]`.
         """
         seen = mask.to_array(length) if self.count else None
         if seen is None:
@@ -156,8 +161,8 @@ class Virtual:
         seen = jnp.broadcast_to(seen, (*lead, length, length))
         past = self.count - self.prompted
         if self.prompted:
-            # a prompt sees the tokens that the last query sees: all but padding, where rows are no
-            # documents
+            # a prompt attends to the tokens that the last query attends to: all except padding,
+            # since rows are not packed
             after = (
                 jnp.zeros((*lead, self.prompted, length), bool)
                 if mask.causal
@@ -170,8 +175,8 @@ class Virtual:
         return Mask(jnp.concatenate([jnp.ones((*seen.shape[:3], past), bool), seen], axis=3))
 
     def places(self, segment_ids: Array | None, length: int) -> Array:
-        """Return the place of each key, `[batch or 1, count + length]`: virtual positions, then
-        tokens, in each segment anew.
+        """Return the position of each key, `[batch or 1, count + length]`, restarting in each
+        segment.
         """
         own = (
             positions(segment_ids, 1 if segment_ids is None else segment_ids.shape[0], length)
@@ -184,13 +189,13 @@ class Virtual:
 
 
 def before(module: nn.Module, past: Array | None, k: Array, v: Array) -> tuple[Array, Array]:
-    """Put keys and values of virtual positions in front of a layer's own.
+    """Prepend the keys and values of virtual positions to a layer's own.
 
     Args:
-        module: the attention, which keeps its own keys and values for a caller that asks for them.
+        module: the attention module, which sows its own keys and values into `PAST` if mutable.
         past: `[2, batch or 1, n, kv_heads * d]`, or None.
         k: `[batch, length, kv_heads, d]`, rotated.
-        v: likewise, not rotated.
+        v: `[batch, length, kv_heads, d]`.
     """
     if module.is_mutable_collection(PAST) and not module.is_initializing():
         module.sow(PAST, "kv", jnp.stack([k, v]).reshape(2, *k.shape[:2], -1))
@@ -202,7 +207,7 @@ def before(module: nn.Module, past: Array | None, k: Array, v: Array) -> tuple[A
 
 
 def positions(segment_ids: Array | None, batch: int, length: int) -> Array:
-    """Return `[batch, length]` positions that count from zero, in each segment anew."""
+    """Return `[batch, length]` positions from zero, restarting in each segment."""
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     if segment_ids is None:
         return index

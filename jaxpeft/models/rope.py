@@ -1,4 +1,4 @@
-"""Rotary position embedding, with the scalings of Llama 3, linear and dynamic NTK.
+"""Rotary position embeddings, with linear, dynamic NTK and Llama 3 scaling.
 
 Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.4
 (arXiv:2104.09864).
@@ -23,15 +23,15 @@ TYPES = ("default", "linear", "dynamic", "llama3")
 
 @dataclass(frozen=True)
 class Rope:
-    """How the rotary frequencies are made.
+    """The parameters of the rotary frequencies.
 
     Attributes:
         kind: one of `TYPES`.
         theta: base of the wavelengths.
-        factor: of the scaling.
+        factor: scaling factor.
         low: `low_freq_factor` of llama3.
         high: `high_freq_factor` of llama3.
-        original: positions that the model was first trained on.
+        original: number of positions in the original training.
     """
 
     kind: str
@@ -51,25 +51,24 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
 
 
 def read(reader: ConfigReader) -> Rope:
-    """Read `rope_theta` and `rope_scaling`, or the `rope_parameters` of transformers 5;
-    `rope_scaling` goes first.
+    """Read `rope_theta` and `rope_scaling`, or else the `rope_parameters` of transformers 5.
 
-    Every problem is noted in `reader`.
+    Problems are recorded in `reader`.
     """
-    field, given = _find_settings(reader)
-    kind = given.get("rope_type", given.get("type", "default"))
+    field, settings = _find_settings(reader)
+    kind = settings.get("rope_type", settings.get("type", "default"))
     if kind not in TYPES:
         reader.problems.append(
             f"{field}: rope_type {show(kind)} is not supported (supported: {', '.join(TYPES)})"
         )
         return Rope("default", 1.0)
-    partial = given.get("partial_rotary_factor", reader.get("partial_rotary_factor"))
+    partial = settings.get("partial_rotary_factor", reader.get("partial_rotary_factor"))
     if partial not in (None, 1):
         reader.problems.append(
             f"{field}: partial_rotary_factor {show(partial)} is not supported (supported: 1)"
         )
-    theta = reader.positive("rope_theta", given.get("rope_theta", reader.get("rope_theta")))
-    numbers = {key: reader.positive(f"{field}: {key}", given.get(key)) for key in _NEEDED[kind]}
+    theta = reader.positive("rope_theta", settings.get("rope_theta", reader.get("rope_theta")))
+    numbers = {key: reader.positive(f"{field}: {key}", settings.get(key)) for key in _NEEDED[kind]}
     if kind == "llama3" and numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
         reader.problems.append(f"{field}: high_freq_factor must be above low_freq_factor")
     return Rope(
@@ -78,34 +77,34 @@ def read(reader: ConfigReader) -> Rope:
         factor=numbers.get("factor", 1.0),
         low=numbers.get("low_freq_factor", 1.0),
         high=numbers.get("high_freq_factor", 4.0),
-        original=_original(reader, given) if kind == "llama3" else 0,
+        original=_original(reader, settings) if kind == "llama3" else 0,
     )
 
 
-def _original(reader: ConfigReader, given: Mapping[str, Any]) -> int:
-    """Return the positions that the model was first trained on; they may stand in three places."""
+def _original(reader: ConfigReader, settings: Mapping[str, Any]) -> int:
+    """Return the number of positions in the original training, which has three possible fields."""
     name = "original_max_position_embeddings"
     return int(
         reader.positive(
-            name, reader.get(name) or given.get(name) or reader.get("max_position_embeddings")
+            name, reader.get(name) or settings.get(name) or reader.get("max_position_embeddings")
         )
     )
 
 
 def _find_settings(reader: ConfigReader) -> tuple[str, Mapping[str, Any]]:
-    """Return the field that holds the rope's settings, and the settings."""
+    """Return the name of the field with the rope's settings, and the settings."""
     field = "rope_scaling" if reader.get("rope_scaling") else "rope_parameters"
-    given: Any = reader.get(field) or {}
-    if not isinstance(given, Mapping):
-        reader.problems.append(f"{field}: must be a mapping, is {show(given)}")
+    settings: Any = reader.get(field) or {}
+    if not isinstance(settings, Mapping):
+        reader.problems.append(f"{field}: must be a mapping, is {show(settings)}")
         return field, {}
-    nested = [key for key, value in given.items() if isinstance(value, Mapping)]
+    nested = [key for key, value in settings.items() if isinstance(value, Mapping)]
     if nested:
         reader.problems.append(
-            f"{field}: another rope for each of {', '.join(nested)[:80]} is not supported"
-            " (supported: one)"
+            f"{field}: separate settings for {', '.join(nested)[:80]} are not supported"
+            " (supported: one for all layers)"
         )
-    return field, given
+    return field, settings
 
 
 def tables(
@@ -114,9 +113,9 @@ def tables(
     """Return the cosines and sines of the rotation angles.
 
     Args:
-        rope: how the frequencies are made.
+        rope: parameters of the frequencies.
         head_dim: d, even.
-        most_positions: `max_position_embeddings` of the model, which dynamic scaling grows from.
+        most_positions: `max_position_embeddings` of the model, beyond which dynamic scaling starts.
         positions: `[batch, length]` int32.
 
     Returns:
@@ -134,8 +133,8 @@ def _frequencies(rope: Rope, head_dim: int, most_positions: int, positions: jax.
         grown = rope.factor * longest / most_positions - (rope.factor - 1)
         base = rope.theta * grown ** (head_dim / (head_dim - 2))
         return 1.0 / base**exponents
-    # The power in float64, rounded, is what torch gives in float32; numpy's own float32 power is an
-    # ulp off.
+    # The power in float64, rounded, equals torch's in float32; NumPy's float32 power is off by one
+    # ulp.
     wavelengths = (rope.theta ** exponents.astype(np.float64)).astype(np.float32)
     frequencies = np.float32(1.0) / wavelengths
     if rope.kind == "linear":
@@ -146,9 +145,7 @@ def _frequencies(rope: Rope, head_dim: int, most_positions: int, positions: jax.
 
 
 def _llama3(rope: Rope, frequencies: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Keep high frequencies, divides low ones by the factor, and blends between the two (Llama
-    3.1's scaling).
-    """
+    """Keep high frequencies, divide low ones by the factor, and blend in between (Llama 3.1)."""
     wavelengths = 2 * math.pi / frequencies
     blend = (rope.original / wavelengths - rope.low) / (rope.high - rope.low)
     blended = (1 - blend) * frequencies / rope.factor + blend * frequencies
@@ -162,7 +159,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     Args:
         x: `[batch, length, heads, d]`.
         cos: `[batch, length, 1, d / 2]`, float32.
-        sin: the same.
+        sin: `[batch, length, 1, d / 2]`, float32.
 
     Returns:
         The shape and dtype of `x`, computed in float32.

@@ -1,1 +1,1 @@
-"""A base whose kernels are quantized: which of them, made on the mesh, and merged into."""
+"""Quantized bases: selecting and quantizing kernels, also on a mesh, and computing with them."""

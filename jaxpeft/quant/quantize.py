@@ -1,4 +1,4 @@
-"""Quantizing the kernels of a parameter tree: which of them, and each as soon as it is there."""
+"""Selecting and quantizing the kernels of a parameter tree."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Quant:
 
     Attributes:
         form: a key of `jaxpeft.kernels.QUANTIZED`.
-        targets: which linear modules, as a method's targets: names, an expression, or `all-linear`,
-            which takes no head.
-        exclude: which of them not.
-        group: how many inputs share a scale, where the form has groups; None for the form's own.
+        targets: linear modules to quantize, like a method's targets: names, a regular expression,
+            or `all-linear` (without heads).
+        exclude: modules that are not quantized.
+        group: number of inputs that share a scale, if the form has groups; None for the default.
 
     Raises:
-        ConfigError: there is no such form, or it has no groups.
+        ConfigError: The form does not exist, or has no groups.
     """
 
     form: str
@@ -71,38 +71,35 @@ class Quant:
             )
             if broken:
                 raise ConfigError(f"quant_{field}: {broken}")
-        whole: Any = self.group
-        if whole is None:
+        group: Any = self.group
+        if group is None:
             return
         if not QUANTIZED[self.form].grouped:
             with_groups = " and ".join(name for name, form in QUANTIZED.items() if form.grouped)
             raise ConfigError(
-                f"quant_group: {whole} does not go with {self.form}, which has no groups;"
-                f" {with_groups} have"
+                f"quant_group: is {group}, but {self.form} has no groups; only {with_groups} have"
             )
-        if not isinstance(whole, int) or isinstance(whole, bool) or whole < 1:
-            raise ConfigError(f"quant_group: must be a whole number of at least 1, is {whole!r}")
+        if not isinstance(group, int) or isinstance(group, bool) or group < 1:
+            raise ConfigError(f"quant_group: must be an integer of at least 1, is {group!r}")
 
     def __str__(self) -> str:
-        """Return what to call `jaxpeft.load` with: the name of the form, where nothing else is
-        chosen.
-        """
+        """Return the argument for `jaxpeft.load`: the name of the form if all else is default."""
         return repr(self.form) if self == Quant(self.form) else f"jaxpeft.{self!r}"
 
     def as_dict(self) -> dict[str, Any]:
-        """Return it as plain values, as they stand in `jaxpeft.json`."""
+        """Return plain values, as in `jaxpeft.json`."""
         return dataclasses.asdict(self)
 
     def sites(self, params: Mapping[str, Any]) -> dict[Path, Site]:
         """Return the sites to quantize, by the path of their kernels.
 
         Args:
-            params: the tree of a base; abstract leaves will do.
+            params: the tree of a base; its leaves may be abstract.
 
         Raises:
-            TargetError: a target matches nothing.
-            ConfigError: a kernel does not fit the form, or some layers only of a stacked one are
-                named.
+            TargetError: A target matches nothing.
+            ConfigError: A kernel does not fit the form, or only some layers of a stacked one are
+                selected.
         """
         form, problems = QUANTIZED[self.form], list[str]()
         chosen = targets.resolve(params, Targets(self.targets, self.exclude))
@@ -119,12 +116,12 @@ class Quant:
             n_in, name = site.shape[0], site.name
             if not all(on):
                 problems.append(
-                    f"quant: {sum(on)} of the {len(on)} stacked layers of {name} are named; take"
-                    " all, or set scan_layers=False"
+                    f"quant: only {sum(on)} of the {len(on)} stacked layers of {name} are selected;"
+                    " select all, or set scan_layers=False"
                 )
             if form.even and n_in % 2:
                 problems.append(
-                    f"quant: {name} takes {n_in} inputs, and {self.form} needs an even number;"
+                    f"quant: {name} has {n_in} inputs, but {self.form} needs an even number;"
                     " exclude it"
                 )
         if problems:
@@ -132,9 +129,7 @@ class Quant:
         return {(*site.path, "kernel"): site for site in chosen}
 
     def _warn_of_unused(self, params: Mapping[str, Any]) -> None:
-        """Return what is excluded and is no module: it may be misspelt, or there in other
-        models.
-        """
+        """Warn of excluded names that match no module; they may be misspelled."""
         names = [name for site in targets.find_sites(params) for name in site.names]
         entries = (self.exclude,) if isinstance(self.exclude, str) else self.exclude
         for entry in entries:
@@ -146,19 +141,19 @@ class Quant:
             ):
                 known = sorted({name.rpartition(".")[2] for name in names})
                 _log.warning(
-                    "quant_exclude: %r is no linear module of this model%s",
+                    "quant_exclude: %r matches no linear module of this model%s",
                     entry,
                     nearest(entry, known),
                 )
 
     @classmethod
     def of(cls, form: str, params: Mapping[str, Any], kernels: Set[Path]) -> Quant:
-        """Return it for kernels that are quantized already, named as shortly as they can be.
+        """Return the shortest description of kernels that are already quantized.
 
         Args:
             form: a key of `jaxpeft.kernels.QUANTIZED`.
-            params: the tree of a base; abstract leaves will do.
-            kernels: their paths, at least one.
+            params: the tree of a base; its leaves may be abstract.
+            kernels: paths of the quantized kernels, at least one.
         """
         sites = targets.find_sites(params)
         linear = list(targets.resolve(params, Targets(ALL_LINEAR)))
@@ -169,22 +164,22 @@ class Quant:
         return cls(form, targets=_suffixes(list(held), sites))
 
     def abstract(self, shape: tuple[int, int], dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
-        """Return shape and dtype of the leaves that hold a kernel of one layer.
+        """Return shape and dtype of the leaves of one layer's quantized kernel.
 
         Args:
-            shape: of the kernel, `(in, out)`.
-            dtype: of the kernel.
+            shape: shape of the kernel, `(in, out)`.
+            dtype: dtype of the kernel.
         """
         return jax.eval_shape(self.store(), jax.ShapeDtypeStruct(shape, dtype))
 
     def store(
         self, whole: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     ) -> Callable[[Any], dict[str, Any]]:
-        """Return what makes the leaves of a kernel `[in, out]`.
+        """Return the function that quantizes a kernel `[in, out]` into leaves.
 
         Args:
-            whole: makes a function compute on whole arrays on every device of a mesh; None where
-                there is one device.
+            whole: wraps a function so that every device of a mesh computes it on unsharded arrays;
+                None for a single device.
         """
         form = QUANTIZED[self.form]
         options = {"group": self.group} if form.grouped else {}
@@ -195,30 +190,29 @@ class Quant:
     def store_layers(
         self, layers: list[Callable[[], jax.Array]], stacked: bool
     ) -> dict[str, jax.Array]:
-        """Return the leaves that hold a kernel, or one a layer: each is made, quantized and let go
-        before the next.
+        """Return the leaves of a quantized kernel; layers are loaded, quantized and freed one by
+        one.
 
         Args:
-            layers: give the kernel of each layer, `[in, out]`, placed on its devices.
-            stacked: whether the leaves have an axis of layers.
+            layers: functions that return the kernel of each layer, `[in, out]`, on its devices.
+            stacked: whether the leaves have a layer axis.
         """
         form = QUANTIZED[self.form]
         store = jax.jit(self.store())
-        made = [jax.block_until_ready(store(kernel())) for kernel in layers]
+        stored = [jax.block_until_ready(store(kernel())) for kernel in layers]
         return (
-            {key: jnp.stack([leaves[key] for leaves in made]) for key in form.leaves}
+            {key: jnp.stack([leaves[key] for leaves in stored]) for key in form.leaves}
             if stacked
-            else made[0]
+            else stored[0]
         )
 
 
 def stored_abstract(params: Mapping[str, Any], quant: Quant | None) -> Tree:
-    """Return shape and dtype of the leaves of a base as they are stored: those of the form in place
-    of each quantized kernel.
+    """Return shape and dtype of a base's leaves after quantization.
 
     Args:
-        params: the tree of a base that is not quantized; abstract leaves will do.
-        quant: how it is to be; None for not.
+        params: the unquantized tree of a base; its leaves may be abstract.
+        quant: the quantization, or None.
     """
     sites = {} if quant is None else quant.sites(params)
     items: list[tuple[Path, Any]] = []
@@ -233,9 +227,7 @@ def stored_abstract(params: Mapping[str, Any], quant: Quant | None) -> Tree:
 
 
 def _suffixes(chosen: list[Site], sites: list[Site]) -> tuple[str, ...]:
-    """Name sites: by the last component where all that have it are chosen, else by their whole
-    names.
-    """
+    """Name sites by their last component if all sites with it are chosen, else by full names."""
     last = {site: site.name.rpartition(".")[2] for site in sites}
     shared = {last[site] for site in sites if site not in chosen}
     found = {
@@ -247,23 +239,23 @@ def _suffixes(chosen: list[Site], sites: list[Site]) -> tuple[str, ...]:
 
 
 def read_quant(values: Any, where: Any) -> Quant:
-    """Read what `as_dict` gives.
+    """Return the `Quant` of plain values from `as_dict`.
 
     Args:
-        values: it.
-        where: what to call the file in a message.
+        values: the plain values.
+        where: name of the file in messages.
 
     Raises:
-        ConfigError: it is of another version.
+        ConfigError: The values are from an incompatible version.
     """
     if (
         not isinstance(values, Mapping)
         or not {f.name for f in dataclasses.fields(Quant)} >= values.keys()
     ):
-        raise ConfigError(f"{where}: quant: {values!r} is not of this version of jaxpeft")
-    given = cast("Mapping[str, Any]", values)
+        raise ConfigError(f"{where}: quant: {values!r} is not supported by this version of jaxpeft")
+    fields = cast("Mapping[str, Any]", values)
     plain: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in given.items()
+        key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()
     }
     try:
         return Quant(**plain)
@@ -272,18 +264,18 @@ def read_quant(values: Any, where: Any) -> Quant:
 
 
 def quantize(params: Mapping[str, Any], quant: Quant | str) -> Tree:
-    """Quantize a base that is there already; `load` does so as it reads one.
+    """Quantize a base in memory; `load` can quantize while it reads.
 
     Args:
         params: the tree of a base, without adapter leaves.
-        quant: how, or the name of a form.
+        quant: the quantization, or the name of a form.
 
     Returns:
         The tree, with the leaves of the form in place of each kernel.
 
     Raises:
-        TargetError: a target matches nothing.
-        ConfigError: there is no such form, or a kernel does not fit it.
+        TargetError: A target matches nothing.
+        ConfigError: The form does not exist, or a kernel does not fit it.
     """
     how = Quant(quant) if isinstance(quant, str) else quant
     sites = how.sites(params)
@@ -306,11 +298,11 @@ def quantize(params: Mapping[str, Any], quant: Quant | str) -> Tree:
 
 
 def dequantize(params: Mapping[str, Any], dtype: Any = jnp.float32) -> Tree:
-    """Return the base that a quantized one stands for; adapter leaves stay where they are.
+    """Return a tree with dequantized kernels; adapter leaves are kept.
 
     Args:
         params: a tree.
-        dtype: of the kernels.
+        dtype: dtype of the dequantized kernels.
     """
     items: dict[Path, Any] = dict(paths.walk(params))
     for site in targets.find_sites(params):
@@ -328,6 +320,6 @@ def dequantize(params: Mapping[str, Any], dtype: Any = jnp.float32) -> Tree:
             if site.layers
             else [held]
         )
-        made = [kernels.read(layer, site.shape).astype(dtype) for layer in layers]
-        items[*site.path, "kernel"] = jnp.stack(made) if site.layers else made[0]
+        decoded = [kernels.read(layer, site.shape).astype(dtype) for layer in layers]
+        items[*site.path, "kernel"] = jnp.stack(decoded) if site.layers else decoded[0]
     return paths.build(list(items.items()))

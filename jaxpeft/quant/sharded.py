@@ -1,10 +1,9 @@
-"""Quantizing kernels as they are read, a layer after the other, each device its own part: the bits
-are those of one device.
+"""Quantizing kernels on a mesh, layer by layer, with the same bits as on one device.
 
-A kernel is put where its codes will lie, and quantized by one program over the mesh. What a form
-adds up over a whole kernel is gathered first, and added up on every device (`Quantized.pooled`):
-the order of a sum is the same on any mesh. Where the axis of the layers is itself spread over
-devices, those that hold a layer quantize it, and the others have no part in it.
+A kernel is sharded like its codes and quantized by one program over the mesh. Sums over a full
+kernel are computed on every device after a gather (`Quantized.pooled`), so that the order of
+summation does not depend on the mesh. If the layer axis is sharded, each layer is quantized by its
+own devices only.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ Shardings = Mapping[str, Sharding]
 
 @dataclass(frozen=True)
 class _Group:
-    """Layers that lie on the same devices.
+    """Layers on the same devices.
 
     Attributes:
-        layers: their numbers.
-        kernel: where the kernel of one layer is put, `[in, out]`.
-        leaves: where its leaves are made.
-        stack: where the leaves of all layers together lie.
+        layers: their indices.
+        kernel: sharding of the kernel of one layer, `[in, out]`.
+        leaves: shardings of its leaves.
+        stack: shardings of the stacked leaves.
     """
 
     layers: range
@@ -47,14 +46,13 @@ class _Group:
 def store_sharded(
     quant: Quant, read: Callable[[int, Sharding], jax.Array], layers: int | None, places: Shardings
 ) -> dict[str, jax.Array]:
-    """Return the leaves that hold a kernel, or one a layer: each is read, quantized and let go
-    before the next.
+    """Return the leaves of a quantized kernel; layers are read, quantized and freed one by one.
 
     Args:
-        quant: how.
-        read: gives the kernel of a layer, `[in, out]`, placed as it is told.
-        layers: how many are stacked; None for a kernel alone.
-        places: of the leaves, by their names.
+        quant: the quantization.
+        read: `(layer, sharding) -> kernel`: returns the kernel of a layer, `[in, out]`.
+        layers: number of stacked layers; None for a single kernel.
+        places: shardings of the leaves by name.
     """
     parts: dict[str, list[jax.Array]] = {key: [] for key in places}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -64,22 +62,22 @@ def store_sharded(
         store = _compile(quant, tuple(group.leaves.items()))
         kept: list[dict[str, Any]] = []
         for layer in group.layers:
-            made = jax.block_until_ready(store(read(layer, group.kernel)))
+            stored = jax.block_until_ready(store(read(layer, group.kernel)))
             shapes = {
                 key: leaf.shape if layers is None else (layers, *leaf.shape)
-                for key, leaf in made.items()
+                for key, leaf in stored.items()
             }
             kept.append(
-                {key: _fetch(leaf) if _host(places[key]) else leaf for key, leaf in made.items()}
+                {key: _fetch(leaf) if _host(places[key]) else leaf for key, leaf in stored.items()}
             )
         for key, place in places.items():
-            made = [leaves.pop(key) for leaves in kept]
+            own = [leaves.pop(key) for leaves in kept]
             if _host(place):
                 parts[key] += _put_back(
-                    made, place, shapes[key], group.layers if layers is not None else None
+                    own, place, shapes[key], group.layers if layers is not None else None
                 )
             else:
-                leaf = _stack(group.stack[key])(made) if layers is not None else made[0]
+                leaf = _stack(group.stack[key])(own) if layers is not None else own[0]
                 parts[key] += [shard.data for shard in leaf.addressable_shards]
     return {
         key: jax.make_array_from_single_device_arrays(shapes[key], places[key], parts[key])
@@ -91,9 +89,7 @@ def store_sharded(
 def _compile(
     quant: Quant, places: tuple[tuple[str, Sharding], ...]
 ) -> Callable[[jax.Array], dict[str, jax.Array]]:
-    """Return the program that quantizes one kernel, the same function for all kernels: it is traced
-    once for each shape.
-    """
+    """Return the program that quantizes one kernel; cached, so it is traced once per shape."""
     (_, first), *_ = places
     whole = None
     if isinstance(first, NamedSharding):
@@ -104,9 +100,7 @@ def _compile(
 
 
 def _groups(places: Shardings, layers: int | None, codes: str) -> Iterator[_Group]:
-    """Return the groups of layers, in their order; a kernel alone is one. `codes` names the leaf
-    that is as large as the kernel.
-    """
+    """Yield the groups of layers in order; `codes` is the name of the leaf with the codes."""
     first = places[codes]
     if not isinstance(first, NamedSharding):
         here = {key: _in_device_memory(place) for key, place in places.items()}
@@ -115,7 +109,7 @@ def _groups(places: Shardings, layers: int | None, codes: str) -> Iterator[_Grou
     specs = {
         key: tuple(place.spec) for key, place in places.items() if isinstance(place, NamedSharding)
     }
-    # of one kind, whatever the user's is: the program is spread by the partitioner
+    # a mesh with automatic axes, so that the partitioner shards the program
     mesh = Mesh(np.asarray(first.mesh.devices), first.mesh.axis_names)
     if layers is None:
         leaves = _shardings(mesh, specs)
@@ -138,9 +132,7 @@ def _groups(places: Shardings, layers: int | None, codes: str) -> Iterator[_Grou
 
 
 def _submeshes(mesh: Mesh, axes: tuple[str, ...]) -> Iterator[Mesh]:
-    """Return the meshes of the devices that have the same place along some axes, in the order of a
-    leaf cut by these.
-    """
+    """Yield the submeshes for each index along some axes, in the order of the shards along them."""
     for at in itertools.product(*(range(mesh.shape[axis]) for axis in axes)):
         place = dict(zip(axes, at, strict=True))
         index = tuple(
@@ -154,13 +146,13 @@ def _shardings(mesh: Mesh, specs: Mapping[str, tuple[Any, ...]]) -> dict[str, Sh
 
 
 def _kernel(mesh: Mesh, codes: tuple[Any, ...]) -> Sharding:
-    """Put a kernel `[in, out]` where its codes `[out, in ...]` will lie."""
+    """Return the sharding of a kernel `[in, out]` from that of its codes `[out, in ...]`."""
     rows, columns = (*codes, None, None)[:2]
     return NamedSharding(mesh, PartitionSpec(columns, rows))
 
 
 def _host(place: Sharding) -> bool:
-    """Return whether a leaf is kept in the memory of the host."""
+    """Return whether a leaf is stored in host memory."""
     return place.memory_kind not in (None, jax.local_devices()[0].default_memory().kind)
 
 
@@ -173,32 +165,28 @@ def _in_device_memory(place: Sharding) -> Sharding:
 
 
 def _fetch(leaf: jax.Array) -> dict[Any, np.ndarray[Any, Any]]:
-    """Take this process's parts of a leaf off the devices, which need not hold the layers of a
-    stack together then.
-    """
+    """Copy this process's shards of a leaf to NumPy, to free the devices' memory."""
     return {shard.device: np.asarray(shard.data) for shard in leaf.addressable_shards}
 
 
 def _put_back(
-    made: list[dict[Any, np.ndarray[Any, Any]]],
+    fetched: list[dict[Any, np.ndarray[Any, Any]]],
     place: Sharding,
     shape: tuple[int, ...],
     layers: range | None,
 ) -> list[jax.Array]:
-    """Put what was fetched into the memory of the host, as the devices see it: one array a device,
-    of its layers.
-    """
+    """Put fetched shards into the host memory of their devices, one array per device."""
     parts: list[jax.Array] = []
     for device, index in place.addressable_devices_indices_map(shape).items():
-        if device not in made[0] or index is None:
+        if device not in fetched[0] or index is None:
             continue
         mine = (
             None
             if layers is None
-            else [made[i - layers.start][device] for i in range(*index[0].indices(shape[0]))]
+            else [fetched[i - layers.start][device] for i in range(*index[0].indices(shape[0]))]
         )
         memory = SingleDeviceSharding(device, memory_kind=place.memory_kind)
-        parts.append(jax.device_put(made[0][device] if mine is None else np.stack(mine), memory))
+        parts.append(jax.device_put(fetched[0][device] if mine is None else np.stack(mine), memory))
     return parts
 
 

@@ -1,4 +1,4 @@
-"""Linear sites whose kernel is quantized: what computes a module that holds one."""
+"""The computation of linear modules with a quantized kernel."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class QuantizedSite:
     """The computation of a linear module with a quantized kernel.
 
     Attributes:
-        name: of the number format.
-        form: how the kernel is stored.
+        name: name of the number format.
+        form: the number format.
     """
 
     name: str
@@ -26,7 +26,7 @@ class QuantizedSite:
 
     @property
     def leaves(self) -> LeafSpec:
-        """The leaves that hold the kernel."""
+        """The leaves of the kernel."""
         return LeafSpec(self.form.leaves)
 
     @property
@@ -35,9 +35,7 @@ class QuantizedSite:
         return SiteSpec()
 
     def compute(self, call: Call) -> Any:
-        """Compute `x W + b`, `[..., in] -> [..., out]` in the dtype of `x`, from the codes of
-        `W`.
-        """
+        """Compute `x W + b`, `[..., in] -> [..., out]`, in the dtype of `x`, from the codes."""
         y = self.form.matmul(call.x, call.leaves)
         return y if call.bias is None else y + call.bias.astype(y.dtype)
 
@@ -45,4 +43,4 @@ class QuantizedSite:
 MARKERS: Mapping[str, QuantizedSite] = {
     form.leaves[0]: QuantizedSite(name, form) for name, form in QUANTIZED.items()
 }
-"""What computes a module that holds a quantized kernel, by the leaf that tells its format."""
+"""The computation for each quantized format, by its marker leaf."""

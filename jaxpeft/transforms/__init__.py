@@ -1,3 +1,1 @@
-"""Pure functions from parameter trees to parameter trees: what `core` does for one method, checked
-against all methods.
-"""
+"""The public functions over parameter trees: `rewrite`, `merge` and others, with all checks."""

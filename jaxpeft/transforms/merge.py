@@ -33,26 +33,25 @@ def merge(
     sites: Sequence[Site] | None = None,
     tied: bool | None = None,
 ) -> Tree:
-    """Fold the adapter into the base, which gives plain params: the inverse of `rewrite` in
-    structure.
+    """Fold the adapter into the base. The result has the structure of the tree before `rewrite`.
 
     Args:
-        method: the method that rewrote `params`. Its options are compared by the leaves that they
-            make; the scaling is that of the tree's own leaf, so another `alpha` or `rslora` than it
-            was rewritten with changes nothing.
+        method: the method that rewrote `params`. Its options are checked by the leaves that they
+            imply; the scaling is read from the tree, so a different `alpha` or `rslora` has no
+            effect.
         params: the rewritten tree.
-        sites: of a model that is not jaxpeft's own, as given to `rewrite`.
-        tied: whether the embedding is the language-model head as well; None for a decoder of
-            jaxpeft's own that has no head.
+        sites: the sites given to `rewrite` for a model that is not jaxpeft's own.
+        tied: whether the embedding is tied to the language-model head; None to detect this for a
+            decoder of jaxpeft's own.
 
     Returns:
-        The tree without adapter leaves; sums are made in float32 and cast to the base leaf's dtype
-        once.
+        The tree without adapter leaves; sums are computed in float32 and cast once to the base
+        leaf's dtype.
 
     Raises:
-        ConfigError: the tree holds no leaf of this method: it was never rewritten, or is merged
-            already; or leaves that the method with these options does not make; or the method
-            computes what no plain leaf computes.
+        ConfigError: The tree has no leaves of this method (it was never rewritten, or is already
+            merged), or leaves that do not match the method's options; or the method cannot be
+            merged.
     """
     require_numbers(params)
     tree = paths.build(list(paths.walk(params)))
@@ -60,12 +59,12 @@ def merge(
     for part in adding:
         if not can_fold(type(part)):
             raise ConfigError(
-                f"{part.name} cannot be merged: no plain weights compute what it does; keep the"
-                " adapter"
+                f"{part.name} cannot be merged: its computation cannot be expressed by plain"
+                " weights; keep the adapter"
             )
         if not adapted_modules(part, params):
             raise ConfigError(
-                f"nothing to merge: no module holds {part.name} leaves (merged already, or never"
+                f"nothing to merge: no module has {part.name} leaves (already merged, or never"
                 " rewritten)"
             )
     _require_made_by(method, params, sites)
@@ -85,15 +84,13 @@ def merge(
 def _require_made_by(
     method: Method, params: Mapping[str, Any], sites: Sequence[Site] | None
 ) -> None:
-    """Refuse a tree whose adapter leaves are not those that a method makes, by their paths and
-    shapes.
+    """Raise an error if the adapter leaves differ in paths or shapes from those of a method.
 
-    Larger ones are those of a bank, which holds adapters of several ranks, where what they have
-    more is zeros.
+    Zero-padded leaves, from an adapter stack with several ranks, are accepted.
 
     Raises:
-        ConfigError: naming the first leaf that is not.
-        TargetError: the method's targets do not name sites of this tree.
+        ConfigError: A leaf differs; it names the first one.
+        TargetError: The method's targets match no sites of this tree.
     """
     names = {
         name
@@ -103,37 +100,37 @@ def _require_made_by(
     held = {path: leaf for path, leaf in paths.walk(params) if path[-1] in names}
     base = paths.build([(path, leaf) for path, leaf in paths.walk(params) if path not in held])
 
-    def made() -> Tree:
+    def rewritten() -> Tree:
         tree = paths.build(list(paths.walk(base)))
         for part in method.parts():
             add_leaves(part, base, tree, jax.random.key(0), chosen_sites(part, base, sites))
         return tree
 
-    wanted = {path: leaf for path, leaf in paths.walk(jax.eval_shape(made)) if path[-1] in names}
-    fix = f"merge with the {method.name} that rewrote the tree, its options and targets the same"
+    wanted = {
+        path: leaf for path, leaf in paths.walk(jax.eval_shape(rewritten)) if path[-1] in names
+    }
+    fix = f"use the {method.name} that rewrote the tree, with the same options and targets"
     for path in sorted(held.keys() | wanted.keys()):
         if path not in wanted:
             raise ConfigError(
-                f"{paths.text(path)}: {method.name} with these options does not make this leaf;"
+                f"{paths.text(path)}: {method.name} with these options does not have this leaf;"
                 f" {fix}"
             )
         if path not in held:
             raise ConfigError(
-                f"{paths.text(path)}: {method.name} with these options makes this leaf, and it is"
-                f" not there; {fix}"
+                f"{paths.text(path)}: is missing, but {method.name} with these options has it;"
+                f" {fix}"
             )
         shape, own = wanted[path].shape, held[path]
         if shape != own.shape and not (method.leaves.rank_pads and _is_padded(own, shape)):
             raise ConfigError(
-                f"{paths.text(path)}: has shape {list(own.shape)}, and {method.name} with these"
-                f" options makes {list(shape)}; {fix}"
+                f"{paths.text(path)}: has shape {list(own.shape)}, but {method.name} with these"
+                f" options has {list(shape)}; {fix}"
             )
 
 
 def _is_padded(leaf: Any, shape: tuple[int, ...]) -> bool:
-    """Return whether a leaf is one of the given shape and zeros behind it; of a traced one it is
-    not known, and so it may.
-    """
+    """Return whether a leaf has the given shape apart from zero padding; True if it is traced."""
     if len(shape) != leaf.ndim or any(n > m for n, m in zip(shape, leaf.shape, strict=True)):
         return False
     if isinstance(leaf, jax.core.Tracer):
@@ -143,7 +140,7 @@ def _is_padded(leaf: Any, shape: tuple[int, ...]) -> bool:
 
 
 def _without_head(params: Mapping[str, Any]) -> bool:
-    """Return whether a tree is that of a decoder which has no head but its embedding."""
+    """Return whether a tree is a decoder without a head, that is, with a tied one."""
     found = [path for path, _ in paths.walk(params)]
     return any(path[-2:-1] == ("embed_tokens",) for path in found) and not any(
         path[0] == "lm_head" or paths.is_head(path) for path in found
@@ -151,11 +148,10 @@ def _without_head(params: Mapping[str, Any]) -> bool:
 
 
 def _require_untied(adding: Sequence[Method], params: Mapping[str, Any]) -> None:
-    """Refuse an adapter that changes an embedding where tokens are looked up, and not where it is
-    the head.
+    """Raise an error if an adapter changes a tied embedding for token lookup but not in the head.
 
     Raises:
-        ConfigError: naming the embedding.
+        ConfigError: It does; the message names the embedding.
     """
     for path, _ in paths.walk(params):
         for part in adding:
@@ -166,8 +162,8 @@ def _require_untied(adding: Sequence[Method], params: Mapping[str, Any]) -> None
             )
             if lookups and kernels.form_of(paths.get(params, path[:-1])) == "embedding":
                 raise ConfigError(
-                    f"{paths.text(path[:-1])} is the language-model head as well, and {part.name}"
-                    " changes it where tokens are looked up alone, which no one matrix computes:"
-                    " `python -m jaxpeft.export --to merged` gives the head a copy of its own; for"
-                    " a model that has no such head, give tied=False"
+                    f"{paths.text(path[:-1])} is tied to the language-model head, but {part.name}"
+                    " changes it only for token lookup, so one matrix is not enough;"
+                    " use `python -m jaxpeft.export --to merged`, which unties the head, or"
+                    " tied=False if the model has no such head"
                 )

@@ -1,5 +1,5 @@
-"""Merging an adapter into a quantized base: decoded, merged in float32, and rounded once, to a
-dtype or to a number format.
+"""Merging an adapter into a quantized base: decoded, merged in float32, and rounded once to a dtype
+or a number format.
 """
 
 from __future__ import annotations
@@ -29,53 +29,50 @@ def merge_quantized(
     quant: Quant | str | None = None,
     dtype: Any = jnp.bfloat16,
 ) -> tuple[Tree, dict[str, float]]:
-    """Fold an adapter into a quantized base, and say how far what is given is from what was merged.
+    """Fold an adapter into a quantized base, and return the rounding errors.
 
     Args:
         method: the method that rewrote `params`.
-        params: the rewritten tree, some kernels of which are quantized.
-        quant: how to quantize the merged base again; None gives plain kernels.
-        dtype: of the kernels that were quantized and are not any more.
+        params: the rewritten tree, with quantized kernels.
+        quant: how to quantize the merged base again; None for plain kernels.
+        dtype: dtype of the kernels that are dequantized.
 
     Returns:
-        `(tree without adapter leaves, errors)`: `||given - merged|| / ||merged||` of each kernel
-        that was quantized, by the name of its module. What was lost when the base was quantized
-        first is no part of it.
+        `(tree without adapter leaves, errors)`: `||rounded - merged|| / ||merged||` of each
+        kernel that was quantized, by the name of its module. The error of the base's original
+        quantization is not included.
 
     Raises:
-        ConfigError: no kernel is quantized, the tree holds no leaf of this method, or a kernel does
+        ConfigError: No kernel is quantized, the tree has no leaves of this method, or a kernel does
             not fit the number format.
-        TargetError: a target of `quant` matches nothing.
+        TargetError: A target of `quant` matches nothing.
     """
     held = [site for site in targets.find_sites(params) if kernels.is_quantized(_own(params, site))]
     if not held:
-        raise ConfigError(
-            "merge_quantized: no kernel of the base is quantized; jaxpeft.merge gives what it"
-            " becomes"
-        )
-    whole = merge(method, dequantize(params))
-    made = whole if quant is None else quantize(whole, quant)
+        raise ConfigError("merge_quantized: no kernel of the base is quantized; use jaxpeft.merge")
+    exact = merge(method, dequantize(params))
+    requantized = exact if quant is None else quantize(exact, quant)
     mine = {(*site.path, "kernel") for site in held}
-    given = paths.map_with_path(
-        lambda path, leaf: leaf.astype(dtype) if path in mine else leaf, made
+    result = paths.map_with_path(
+        lambda path, leaf: leaf.astype(dtype) if path in mine else leaf, requantized
     )
     errors: dict[str, float] = {}
     for site in held:
         for i, name in enumerate(site.names):
-            merged, rounded = (_kernel(tree, site, i) for tree in (whole, given))
+            merged, rounded = (_kernel(tree, site, i) for tree in (exact, result))
             errors[name] = float(
                 jnp.linalg.norm(rounded - merged) / jnp.maximum(jnp.linalg.norm(merged), 1e-30)
             )
     worst = max(errors, key=errors.__getitem__)
     _log.info(
-        "merged into %s: %d kernels, relative error %.2e in the median, at most %.2e (%s)",
+        "merged into %s: %d kernels, median relative error %.2e, maximum %.2e (%s)",
         quant or jnp.dtype(dtype).name,
         len(errors),
         statistics.median(errors.values()),
         errors[worst],
         worst,
     )
-    return given, errors
+    return result, errors
 
 
 def _own(params: Mapping[str, Any], site: Site) -> dict[str, Any]:

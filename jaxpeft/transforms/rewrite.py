@@ -28,26 +28,23 @@ def rewrite(
     *,
     sites: Sequence[Site] | None = None,
 ) -> Tree:
-    """Inject adapters: add the method's leaves to a parameter tree, and make every trainable leaf
-    float32.
+    """Inject adapters: add the method's leaves to a tree, and cast trainable leaves to float32.
 
-    A leaf depends on `rng` and on its site's Hugging Face name only, so scanned and unrolled layers
-    start from the same numbers. Where a stacked site is adapted in some layers only, or with other
-    shapes, the other entries are exact zeros, which stay zero in training.
+    A leaf depends only on `rng` and its site's Hugging Face name, so scanned and unrolled layers
+    have the same initial values. If a stacked site is adapted only in some layers, or with
+    different shapes, the padding is exactly zero and stays zero in training.
 
     Args:
-        method: what to add.
-        params: the base; nothing of it is changed or copied but the trainable leaves that are not
-            float32 yet.
+        method: the method.
+        params: the base; only trainable leaves that are not yet float32 are copied.
         rng: a key.
-        sites: of a model that is not jaxpeft's own, as `jaxpeft.find_sites` gives them; None to
-            find them in the tree.
+        sites: sites of a model that is not jaxpeft's own, from `jaxpeft.find_sites`; None to find
+            them in the tree.
 
     Raises:
-        TargetError: the targets do not name sites of this model.
-        ConfigError: the tree is already rewritten, by this method or another, a leaf is no array of
-            numbers, nothing would be trained, or a stacked bias would be trained for the sake of
-            some of its layers; or `rng` is no key.
+        TargetError: The targets match no sites of this model.
+        ConfigError: The tree is already rewritten, a leaf is not a numeric array, nothing would be
+            trained, only some layers of a stacked bias would be trained, or `rng` is not a key.
     """
     require_numbers(params)
     _require_key(rng)
@@ -56,10 +53,10 @@ def rewrite(
 
 
 def _require_key(rng: Any) -> None:
-    """Refuse what is not one key of `jax.random`, typed or of numbers.
+    """Raise an error unless `rng` is one key of `jax.random`, typed or raw.
 
     Raises:
-        ConfigError: showing it.
+        ConfigError: It is not a key.
     """
     typed = isinstance(rng, jax.Array) and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
     plain = isinstance(rng, jax.Array | np.ndarray) and rng.dtype == np.uint32
@@ -68,10 +65,10 @@ def _require_key(rng: Any) -> None:
 
 
 def require_plain(method: Method, params: Mapping[str, Any]) -> None:
-    """Refuse a tree that holds the leaves of an adapter, whatever method they are of.
+    """Raise an error if a tree already has adapter leaves of any method.
 
     Raises:
-        ConfigError: naming a module that does.
+        ConfigError: It has; the message names a module.
     """
     found = next((path for path, _ in paths.walk(params) if path[-1] in MARKERS), None)
     if found is not None:
@@ -83,8 +80,8 @@ def require_plain(method: Method, params: Mapping[str, Any]) -> None:
         both = (
             ""
             if own
-            else f"; for {name} and {method.name} at once, rewrite the base with jaxpeft.Mixed"
+            else f"; to use both {name} and {method.name}, rewrite the base with jaxpeft.Mixed"
         )
         raise ConfigError(
-            f"{where} already holds {name} leaves; rewrite the base, or merge first{both}"
+            f"{where} already has {name} leaves; rewrite the base, or merge first{both}"
         )

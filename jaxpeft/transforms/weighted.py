@@ -1,18 +1,18 @@
 """Weighted merges of LoRA adapters into one LoRA adapter.
 
-Of each site the updates `s_i A_i B_i` of the adapters that adapt it are combined with weights
-`w_i`:
+At each site, the updates `s_i A_i B_i` of the adapters are combined with weights `w_i`:
 
-* `linear`: the factors apart, `A = sum sign(w_i s_i) sqrt|w_i s_i| A_i`, `B = sum sqrt|w_i s_i|
-  B_i`: equal ranks, an approximation;
-* `cat`: `A = [w_1 s_1 A_1 | w_2 s_2 A_2 | ...]`, `B` below one another: exact, the ranks add up;
-* `svd`: the best approximation of rank r of `sum w_i s_i A_i B_i`;
-* `ties`: only the largest entries of each are kept, a sign is elected for each entry, and those
-  that have it are averaged (Yadav et al. 2023, "TIES-Merging", section 4, arXiv:2306.01708);
-* `dare_linear`, `dare_ties`: entries are dropped at random and the others scaled up first (Yu et
+* `linear`: the factors separately, `A = sum sign(w_i s_i) sqrt|w_i s_i| A_i`, `B = sum sqrt|w_i
+  s_i| B_i`; an approximation, which needs equal ranks;
+* `cat`: `A = [w_1 s_1 A_1 | w_2 s_2 A_2 | ...]`, with all `B` stacked; exact, but the ranks add up;
+* `svd`: the best rank-r approximation of `sum w_i s_i A_i B_i`;
+* `ties`: only the largest entries of each are kept, a sign is elected for each entry, and the
+  entries with that sign are averaged (Yadav et al. 2023, "TIES-Merging", section 4,
+  arXiv:2306.01708);
+* `dare_linear`, `dare_ties`: entries are first dropped at random and the rest scaled up (Yu et
   al. 2023, "Language Models are Super Mario", section 3, arXiv:2311.03099); `magnitude_prune`: the
-  smallest are dropped;
-* with `_svd`: the same on whole updates in place of the factors, then `svd`.
+  smallest entries are dropped;
+* with `_svd`: the same on the full updates instead of the factors, followed by `svd`.
 """
 
 from __future__ import annotations
@@ -59,23 +59,23 @@ def merge_adapters(
     sign: Literal["total", "frequency"] = "total",
     rng: Array | None = None,
 ) -> tuple[LoRA, Tree]:
-    """Merge LoRA adapters of one base into one.
+    """Merge LoRA adapters of one base into one adapter.
 
     Args:
-        adapters: `(method, params)` each.
-        weights: one an adapter; negative ones take its effect away.
-        how: see the module.
-        rank: of the result, for those with `svd`; None for the largest of the adapters'.
-        density: share of the entries that are kept, for those that drop some.
-        sign: elected by the sum of the entries, or by their number.
-        rng: a key, for those that drop at random.
+        adapters: a `(method, params)` pair for each adapter.
+        weights: one weight per adapter; a negative weight subtracts its effect.
+        how: how to merge, see the module's docstring.
+        rank: rank of the result, with `svd`; None for the largest of the adapters' ranks.
+        density: fraction of entries to keep, for merges that drop entries.
+        sign: whether to elect signs by the sum of the entries or by their number.
+        rng: a key, for merges that drop entries at random.
 
     Returns:
-        `(method, params)`, the scaling of whose every site is 1.
+        `(method, params)`, with scaling 1 at every site.
 
     Raises:
-        ConfigError: the adapters are not LoRA's, their ranks do not fit, or an argument is missing
-            or out of range.
+        ConfigError: An adapter is not LoRA, the ranks do not fit, or an argument is missing or out
+            of range.
     """
     _check(adapters, weights, how, density, rng)
     found = [_sites(method, params) for method, params in adapters]
@@ -118,29 +118,27 @@ def _check(
     if how not in get_args(How):
         problems.append(f"how: must be one of {', '.join(get_args(How))}, is {how!r}")
     if not adapters or len(weights) != len(adapters):
-        problems.append(f"weights: {len(weights)} for {len(adapters)} adapters; give each one")
+        problems.append(f"weights: {len(weights)} for {len(adapters)} adapters; pass one for each")
     others = [method.name for method, _ in adapters if type(method) is not LoRA]
     if others:
-        problems.append(f"adapters: {others[0]} adapters cannot be merged with weights, LoRA's can")
+        problems.append(f"adapters: only LoRA adapters can be merged with weights, not {others[0]}")
     if any(getattr(method, "lora_bias", False) for method, _ in adapters):
         problems.append(
-            "adapters: one of them trains lora_bias, which has no part in a weighted merge"
+            "adapters: one of them trains lora_bias, which a weighted merge does not support"
         )
     drops = how.split("_")[0] in ("ties", "dare", "magnitude")
     if drops and (density is None or not 0 < density <= 1):
-        problems.append(
-            f"density: {how} keeps a share of the entries above 0 and at most 1, is {density}"
-        )
+        problems.append(f"density: must be above 0 and at most 1 for {how}, is {density}")
     if how.startswith("dare") and rng is None:
-        problems.append(f"rng: {how} drops entries at random; give a key")
+        problems.append(f"rng: {how} drops entries at random; pass a key")
     if problems:
         raise ConfigError([f"merge_adapters: {problem}" for problem in problems])
     require_same_base(adapters)
 
 
 def _sites(method: LoRA, params: Mapping[str, Any]) -> dict[str, tuple[Array, Array, float]]:
-    """Return `(A [in, r], B [r, out], s)` of each adapted site of each layer, a start that is taken
-    off among them.
+    """Return `(A [in, r], B [r, out], s)` of each adapted site and layer, including a subtracted
+    initialization.
     """
     out: dict[str, tuple[Array, Array, float]] = {}
     for site, on in chosen_sites(method, params).items():
@@ -175,15 +173,15 @@ def _merge(
         )
     kind = how.removesuffix("_svd")
     if how == "svd" or how.endswith("_svd"):
-        whole = [s * jnp.matmul(a, b, precision="highest") for a, b, s in held]
-        total = _combine(whole, weights, "linear" if how == "svd" else kind, density, sign, key)
+        updates = [s * jnp.matmul(a, b, precision="highest") for a, b, s in held]
+        total = _combine(updates, weights, "linear" if how == "svd" else kind, density, sign, key)
         u, values, v = jnp.linalg.svd(total, full_matrices=False)
         return u[:, :rank], values[:rank, None] * v[:rank]
     ranks = {a.shape[1] for a, _, _ in held}
     if len(ranks) > 1:
         raise ConfigError(
-            f"merge_adapters: {how} needs equal ranks, they are"
-            f" {' and '.join(map(str, sorted(ranks)))}; take svd or cat"
+            f"merge_adapters: {how} needs equal ranks, but they are"
+            f" {' and '.join(map(str, sorted(ranks)))}; use svd or cat"
         )
     roots = [math.sqrt(abs(w * s)) for (_, _, s), w in zip(held, weights, strict=True)]
     signed = [math.copysign(root, w) for root, w in zip(roots, weights, strict=True)]
@@ -202,7 +200,7 @@ def _combine(
     sign: str,
     key: Array | None,
 ) -> Array:
-    """Combine tensors of one shape with weights, as `kind` says."""
+    """Combine tensors of one shape with weights, according to `kind`."""
     stacked = jnp.stack(tensors)
     if kind.startswith("dare") and key is not None:
         stacked = jnp.where(
@@ -220,7 +218,7 @@ def _combine(
 
 
 def _keep_largest(tensor: Array, density: float) -> Array:
-    """Keep the share `density` of the entries that are the largest, and zeroes the others."""
+    """Keep the fraction `density` of the largest entries, and set the rest to zero."""
     kept = int(density * tensor.size)
     flat = tensor.reshape(-1)
     chosen = jnp.argsort(-jnp.abs(flat), stable=True)[:kept]

@@ -451,7 +451,7 @@ def test_every_problem_of_a_comparison_is_told_at_once(config: Config) -> None:
             "config.compare.candidates[4].learning_rate: 'head' trains only the head; set"
             " head_learning_rate"
         ),
-        "config.compare.candidates: 2 more of its values are wrong",
+        "config.compare.candidates: 2 more of its values are invalid",
         "config.compare.seeds: must be at least 0, is -1",
     ):
         assert text in told

@@ -80,12 +80,9 @@ def test_a_config_and_the_command_line_take_them(
 
 def test_an_option_by_both_names_is_refused(tmp_path: Path) -> None:
     lines = "config.method.target_modules, config.method.targets = ('a',), ('b',)"
-    said = (
-        "config.method.target_modules: is another name of targets, which is ('b',); give one of"
-        " them"
-    )
+    said = "config.method.target_modules: is an alias of targets, which is ('b',); set only one of them"
     assert refusal(lambda: configs.load(written(tmp_path, lines))) == said
-    said = "LoRA.exclude_modules: is another name of exclude, which is ('b',); give one of them"
+    said = "LoRA.exclude_modules: is an alias of exclude, which is ('b',); set only one of them"
     assert refusal(lambda: jaxpeft.LoRA(exclude=("b",), exclude_modules=("a",))) == said
 
 

@@ -205,10 +205,7 @@ def file(tmp_path: Path) -> Path:
         (
             "optimizer.learning_rate",
             "9" * 400,
-            (
-                "config.optimizer.learning_rate: must be a number that 64 bits can hold, is"
-                f" {'9' * 80}"
-            ),
+            (f"config.optimizer.learning_rate: must fit into a 64-bit float, is {'9' * 80}"),
         ),
         (
             "train.steps",
@@ -225,7 +222,7 @@ def file(tmp_path: Path) -> Path:
         (
             "train.epochs",
             "0x" + "f" * 5000,
-            "config.train.epochs: must be a number that 64 bits can hold, is int that is too large",
+            "config.train.epochs: must fit into a 64-bit float, is int that is too large",
         ),
         (
             "data.train",
@@ -239,7 +236,7 @@ def file(tmp_path: Path) -> Path:
         ),
         ("data.labels", "[0, 1]", "config.data.labels[0]: must be a string, is 0 (int)"),
         ("data.columns", "{[]: 1}", "config.data.columns: must be a mapping, is '{[]: 1}' (str)"),
-        ("data.lengths", "1.5," * 500, "config.data.lengths: 495 more of its values are wrong"),
+        ("data.lengths", "1.5," * 500, "config.data.lengths: 495 more of its values are invalid"),
         (
             "method.targets",
             "(" * 900,

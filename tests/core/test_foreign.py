@@ -221,12 +221,12 @@ def test_what_no_method_adapts_is_named() -> None:
     for target, kind in (("own", "Own"), ("grouped", "Conv")):
         with pytest.raises(
             TargetError,
-            match=f"'{target}' names {target}, which is a {kind} site; lora adapts linear and emb",
+            match=f"'{target}' matches {target}, which is a {kind} site; lora adapts linear and emb",
         ):
             jaxpeft.rewrite(jaxpeft.LoRA(targets=(target,)), base, jax.random.key(0), sites=sites)
     unseen = jaxpeft.rewrite(jaxpeft.LoRA(targets=("own",)), base, jax.random.key(0))
     with pytest.raises(
-        ConfigError, match=r"lora cannot adapt a Own \(own\); leave it out of its targets"
+        ConfigError, match=r"lora cannot adapt a Own \(own\); exclude it from the targets"
     ):
         jaxpeft.apply(model, unseen, x)
 
@@ -242,7 +242,7 @@ def test_layers_that_are_stacked_along_another_axis_are_refused() -> None:
 
     model, x = Behind(), random(2, 5, 8)
     tree = model.init(jax.random.key(0), x)["params"]
-    with pytest.raises(ConfigError, match=r"stacked along another axis than the first"):
+    with pytest.raises(ConfigError, match=r"must be stacked along the first axis"):
         jaxpeft.find_sites(model, tree, x)
 
 
@@ -356,7 +356,7 @@ def test_an_nnx_embedding_is_adapted_and_a_foreign_leaf_is_refused() -> None:
         jaxpeft.with_params(model, folded)(ids), jaxpeft.apply(model, params, ids), atol=1e-4
     )
     with pytest.raises(
-        ConfigError, match="embed/lora_a has no place in this module; merge the adapter first"
+        ConfigError, match="embed/lora_a is not a parameter of this module; merge the adapter first"
     ):
         jaxpeft.with_params(model, params)
 
@@ -487,7 +487,7 @@ def test_a_module_that_no_method_knows_is_an_error_beside_one_that_is_adapted(ta
     base = model.init(jax.random.key(0), x)["params"]
     sites = jaxpeft.find_sites(model, base, x)
     with pytest.raises(
-        TargetError, match=r"names b\.proj, which is a ConvTranspose site; lora adapts"
+        TargetError, match=r"matches b\.proj, which is a ConvTranspose site; lora adapts"
     ):
         jaxpeft.rewrite(jaxpeft.LoRA(targets=targets), base, jax.random.key(0), sites=sites)
     params = jaxpeft.rewrite(
@@ -504,4 +504,4 @@ def test_a_module_that_no_method_knows_is_told_where_all_are_meant(
     jaxpeft.rewrite(
         jaxpeft.LoRA(), base, jax.random.key(0), sites=jaxpeft.find_sites(model, base, x)
     )
-    assert "left as they are, of types that no method adapts: b.proj (ConvTranspose)" in caplog.text
+    assert "not adapted, since no method supports their type: b.proj (ConvTranspose)" in caplog.text

@@ -103,16 +103,16 @@ def test_the_sites_are_those_that_peft_adapts(
         ),
         (
             {"targets": "q_proj"},
-            r"the regular expression 'q_proj' matches no whole site name; the model has 16 site",
+            r"the regular expression 'q_proj' matches no full site name; the model has 16 site",
         ),
         (
             {"targets": ("q_proj",), "layers_to_transform": (1, 7)},
             r"no layer 7; the model has 0 to 1",
         ),
-        ({"targets": ("q_proj",), "exclude": ("q_proj",)}, r"leave no site"),
+        ({"targets": ("q_proj",), "exclude": ("q_proj",)}, r"match no site"),
         ({"rank_pattern": {"q_prj": 2}}, r"rank_pattern: 'q_prj' matches no adapted site"),
         ({"alpha_pattern": {"zz": 2.0}}, r"alpha_pattern: 'zz' matches no adapted site"),
-        ({"modules_to_save": ("embed",)}, r"modules_to_save: 'embed' names no module"),
+        ({"modules_to_save": ("embed",)}, r"modules_to_save: 'embed' matches no module"),
     ],
 )
 def test_what_matches_nothing_is_refused_with_the_nearest_names(
@@ -132,7 +132,7 @@ def test_a_partial_match_prints_a_coverage_table(caplog: pytest.LogCaptureFixtur
             ),
             tree("llama"),
         )
-    assert "adapted in part of the layers only" in caplog.text
+    assert "adapted only in some layers" in caplog.text
     assert "1 of    2  model.layers.*.self_attn.q_proj" in caplog.text
     assert "0 of    2  model.layers.*.mlp.up_proj" in caplog.text
 
@@ -164,7 +164,7 @@ def test_every_wrong_option_is_told_at_once() -> None:
     ):
         assert field in text
     with pytest.raises(
-        ConfigError, match="layers_to_transform: cannot go with a regular expression"
+        ConfigError, match="layers_to_transform: cannot be used with a regular expression"
     ):
         LoRA(targets=".*q_proj", layers_to_transform=(0,))
 

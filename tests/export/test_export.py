@@ -296,8 +296,8 @@ def test_a_pooling_that_transformers_does_not_know_is_refused(make, tmp_path, ki
     made = make(method, kind, pooling=pooling)
     text = made.refused(tmp_path / "merged")
     assert (
-        f"--to merged: the classifier reads pooling={pooling!r}, and that of transformers reads"
-        f" {own!r} of a {kind}" in text
+        f"--to merged: the classifier uses pooling={pooling!r}, but transformers uses {own!r} for"
+        f" {kind}, so its labels would differ" in text
     )
     report = made.export(tmp_path / "peft", "peft")  # what it tells of in its place
     assert "transformers" not in report.lines[-1] and "PeftModel" not in report.lines[-1]
@@ -341,11 +341,11 @@ def test_bfloat16_warns_of_what_it_rounds_off(make, tmp_path, caplog):
     report = made.export(tmp_path / "merged", dtype="bfloat16")
     assert report.error > 0.01
     shown = (
-        f"bfloat16 rounds off {100 * report.error:.1f} % of what the adapter changes in the"
-        " weights; use --dtype float32"
+        f"bfloat16 rounds off {100 * report.error:.1f} % of the adapter's change to the weights;"
+        " use --dtype float32"
     )
     assert shown in caplog.text
-    assert f"{report.error:.2g} of what the adapter changes" in report.lines[1]
+    assert f"{report.error:.2g} of the adapter's change" in report.lines[1]
     tensors = load_file(tmp_path / "merged" / "model.safetensors")
     assert {t.dtype for t in tensors.values()} == {np.dtype(jnp.bfloat16)}
     assert torch_base(tmp_path / "merged", SEQUENCE).config.to_dict()["dtype"] == "bfloat16"
@@ -388,7 +388,7 @@ def test_the_base_s_dtype_is_kept_unless_another_is_asked_for(make, tmp_path, re
 def test_numbers_that_float16_cannot_hold_are_refused(make, tmp_path):
     made = make(jaxpeft.LoRA(rank=4, alpha=1e7, targets=("query",)))
     text = made.refused(tmp_path / "merged", dtype="float16")
-    assert "--dtype float16: bert/encoder/layer/0/attention/self/query/kernel does not fit" in text
+    assert "--dtype float16: bert/encoder/layer/0/attention/self/query/kernel overflows" in text
     assert "use bfloat16 or float32" in text
 
 
@@ -404,8 +404,8 @@ def test_the_base_is_rounded_as_the_adapter_s_was(make, tmp_path, caplog, form):
     made.export(tmp_path / "reference", "merged_quantized_reference", dtype="float32")
     made.export(tmp_path / "plain", dtype="float32")
     assert (
-        f"the adapter was trained on a base rounded to {form}, and is merged into the one that"
-        " is not" in caplog.text
+        f"the adapter was trained on a base quantized to {form}, but is merged into the"
+        " unquantized one" in caplog.text
     )
     rounded, plain, base = (
         load_file(folder / "model.safetensors")
@@ -431,7 +431,7 @@ def test_the_base_is_rounded_as_the_adapter_s_was(make, tmp_path, caplog, form):
 
 def test_without_a_quantized_base_there_is_nothing_to_round(make, tmp_path):
     text = make().refused(tmp_path / "merged", to="merged_quantized_reference")
-    assert "was trained on a base that is not quantized (jaxpeft.json names no quant)" in text
+    assert "was trained on an unquantized base (jaxpeft.json has no quant)" in text
     assert text.endswith("use --to merged")
 
 
@@ -441,7 +441,7 @@ def test_a_number_format_of_another_version_is_refused(make, tmp_path):
     text = made.refused(tmp_path / "merged", to="merged_quantized_reference")
     assert "jaxpeft.json: quant: 'nf3' is not a number format (known: nf4, int4, int8, fp8)" in text
     edit_json(made.folder / "jaxpeft.json", lambda extra: extra.update(quant="nf4"))
-    assert "jaxpeft.json: quant: 'nf4' is not of this version of jaxpeft" in made.refused(
+    assert "jaxpeft.json: quant: 'nf4' is not supported by this version of jaxpeft" in made.refused(
         tmp_path / "merged"
     )
 
@@ -451,9 +451,9 @@ def test_a_number_format_of_another_version_is_refused(make, tmp_path):
 
 def test_a_folder_that_holds_something_is_refused(make, tmp_path):
     made = make()
-    assert made.refused(made.base).endswith("is not empty; give a new folder")
+    assert made.refused(made.base).endswith("is not empty; choose a new folder")
     (tmp_path / "file").write_text("")
-    assert made.refused(tmp_path / "file").endswith("is a file; give a new folder")
+    assert made.refused(tmp_path / "file").endswith("is a file; choose a new folder")
     with pytest.raises(ConfigError, match="--out /proc/nowhere: cannot be written"):
         made.export(Path("/proc/nowhere"))
     (tmp_path / "empty").mkdir()
@@ -469,8 +469,8 @@ def test_an_adapter_is_not_merged_twice(make, tmp_path):
     text = made.refused(out, AdapterError, base=str(merged))
     assert (
         text
-        == f"{merged}: jaxpeft_merge.json says that this adapter is merged into it already; give"
-        " the base that it was trained on"
+        == f"{merged}: according to jaxpeft_merge.json, this adapter is already merged into it;"
+        " use the base that it was trained on"
     )
     # without a fingerprint of the base, and with another adapter merged on top
     shutil.copytree(made.folder, tmp_path / "plain")
@@ -480,10 +480,10 @@ def test_an_adapter_is_not_merged_twice(make, tmp_path):
         lambda config: config.update(base_model_name_or_path="x"),
     )
     plain = dataclasses.replace(made, folder=tmp_path / "plain")
-    assert "merged into it already" in plain.refused(out, AdapterError, base=str(merged))
+    assert "already merged into it" in plain.refused(out, AdapterError, base=str(merged))
     other = make(jaxpeft.LoRA(rank=2, targets=("query",)), base=merged)
     other.export(tmp_path / "both")
-    assert "merged into it already" in plain.refused(out, AdapterError, base=str(tmp_path / "both"))
+    assert "already merged into it" in plain.refused(out, AdapterError, base=str(tmp_path / "both"))
 
 
 def test_an_adapter_is_not_merged_into_another_base(make, tmp_path):
@@ -494,7 +494,7 @@ def test_an_adapter_is_not_merged_into_another_base(make, tmp_path):
     other = edited(made.base, tmp_path / "other", nudge)
     text = made.refused(tmp_path / "out", AdapterError, base=str(other))
     assert (
-        f"the adapter was trained on another base ('{made.base}') than {other}: the weights differ"
+        f"the adapter was trained on another base ('{made.base}'), not {other}: the weights differ"
         in text
     )
     made.export(tmp_path / "out", base=str(other), allow_base=True)
@@ -505,7 +505,7 @@ def test_a_base_that_the_adapter_does_not_know_is_not_checked_which_is_said(make
     (made.folder / "jaxpeft.json").unlink()
     made.export(tmp_path / "out")
     assert (
-        f"{made.folder}: says no base_sha256; that {made.base} is its base is not checked"
+        f"{made.folder}: has no base_sha256, so whether {made.base} is its base is not checked"
         in caplog.text
     )
 
@@ -515,11 +515,11 @@ def test_a_base_that_the_adapter_does_not_know_is_not_checked_which_is_said(make
     [
         (
             jaxpeft.PrefixTuning(num_virtual_tokens=3),
-            "prefix cannot be merged: no plain weights compute what it does; keep",
+            "prefix cannot be merged: its computation cannot be expressed by plain weights; keep",
         ),
         (
             jaxpeft.Adapter(reduction_factor=4),
-            "adapter cannot be merged: no plain weights compute what it does; keep",
+            "adapter cannot be merged: its computation cannot be expressed by plain weights; keep",
         ),
         (
             jaxpeft.Mixed(methods=(LORA, jaxpeft.PromptTuning(num_virtual_tokens=3))),
@@ -534,10 +534,7 @@ def test_what_no_plain_weights_compute_is_not_merged(make, tmp_path, method, tex
 def test_a_bias_that_the_base_has_no_place_for_is_not_merged(make, tmp_path):
     made = make(jaxpeft.LoRA(targets=("q_proj",), lora_bias=True), "llama", CAUSAL)
     text = made.refused(tmp_path / "out")
-    assert (
-        "q_proj: lora needs a bias there when it is merged, and the module has none; keep the"
-        " adapter" in text
-    )
+    assert "q_proj: merging lora needs a bias, but the module has none; keep the adapter" in text
 
 
 def test_an_adapter_that_says_no_task_or_base_needs_them(make, tmp_path):
@@ -547,11 +544,11 @@ def test_an_adapter_that_says_no_task_or_base_needs_them(make, tmp_path):
     edit_json(config, lambda values: values.update(task_type=None, base_model_name_or_path=None))
     assert (
         made.refused(tmp_path / "out")
-        == f"--base: is not given, and {config} names no base model; give its folder or hub id"
+        == f"--base: is required, since {config} names no base model; set its folder or hub id"
     )
     text = made.refused(tmp_path / "out", base=str(made.base))
     assert text.startswith(
-        f"--task: is not given, and {config} names no task_type; give one of causal_lm, "
+        f"--task: is required, since {config} has no task_type; use one of causal_lm, "
     )
     made.export(tmp_path / "out", base=str(made.base), task=SEQUENCE)
     edit_json(config, lambda values: values.update(task_type="QUESTION_ANS"))
@@ -562,7 +559,7 @@ def test_an_adapter_that_says_no_task_or_base_needs_them(make, tmp_path):
 
 def test_a_task_that_the_adapter_was_not_trained_for_is_refused(make, tmp_path):
     text = make().refused(tmp_path / "out", task=TOKENS)
-    assert text == f"--task: is {TOKENS}, the adapter was trained for {SEQUENCE}; leave it out"
+    assert text == f"--task: is {TOKENS}, but the adapter was trained for {SEQUENCE}; omit it"
 
 
 def test_a_base_that_is_gone_is_asked_for(make, tmp_path):
@@ -573,7 +570,7 @@ def test_a_base_that_is_gone_is_asked_for(make, tmp_path):
     )
     text = made.refused(tmp_path / "out", WeightsError)
     assert "model path './gone': no such folder" in text
-    assert text.endswith("adapter_config.json names; --base gives another place for it")
+    assert text.endswith("adapter_config.json; set its path with --base")
     made.export(tmp_path / "out", base=str(made.base))
 
 
@@ -638,7 +635,7 @@ def test_a_fold_that_is_wrong_is_an_error(make, tmp_path, monkeypatch):
         staticmethod(lambda leaves, base: {"kernel": 1.01 * right(leaves, base)["kernel"]}),
     )
     text = make().refused(tmp_path / "out", ExportError)
-    assert text.startswith("the merged weights, and the adapter beside its base: logits differ by ")
+    assert text.startswith("the merged weights, compared with the adapter: logits differ by ")
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
@@ -692,7 +689,7 @@ def test_methods_together_are_one_folder_each(make, tmp_path):
 @pytest.mark.parametrize(
     ("method", "text"),
     [
-        (jaxpeft.BitFit(), "other libraries have no bitfit"),
+        (jaxpeft.BitFit(), "other libraries do not support bitfit"),
         (
             jaxpeft.Adapter(reduction_factor=4),
             "load it: the adapters library (AdapterHub) or jaxpeft.load_adapter(",

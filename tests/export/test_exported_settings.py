@@ -187,8 +187,7 @@ def test_a_flipped_bit_in_a_merged_model_is_refused_by_the_name_of_its_tensor(
     record = folder / "jaxpeft_merge.json"
     (problem,) = caught.value.problems
     assert (
-        problem
-        == f"{file}: {name}: its SHA-256 is not the one of jaxpeft_merge.json; copy the model"
+        problem == f"{file}: {name}: its SHA-256 differs from jaxpeft_merge.json; copy the model"
         f" again; if it was changed on purpose, remove 'sha256' from {record}"
     )
     edit_json(record, lambda content: content.pop("sha256"))

@@ -38,9 +38,9 @@ def adapter(reference: Callable[..., Any], tmp_path: Path) -> Path:
             (),
             (
                 "3 problems",
-                "--adapter: is not given",
-                "--to: is not given",
-                "--out: is not given; see --help",
+                "--adapter: is required",
+                "--to: is required",
+                "--out: is required; see --help",
             ),
         ),
         (
@@ -101,8 +101,8 @@ def test_the_last_lines_say_what_was_written_and_how_to_load_it(
     wanted = {
         "merged": [
             f"wrote {out}: bert with lora merged, float32, ",
-            "error of the merge: 0 of what the adapter changes",
-            "largest logit difference to the adapter beside its base: ",
+            "error of the merge: 0 of the adapter's change",
+            "largest logit difference from the unmerged adapter: ",
             (
                 f"load it: transformers.AutoModelForSequenceClassification.from_pretrained('{out}')"
                 f" or jaxpeft.load('{out}', "
@@ -110,7 +110,7 @@ def test_the_last_lines_say_what_was_written_and_how_to_load_it(
         ],
         "peft": [
             f"wrote {out}: lora adapter, ",
-            "largest logit difference, loaded again: 0",
+            "largest logit difference after loading: 0",
             (
                 f"load it: peft.PeftModel.from_pretrained(base_model, '{out}') or"
                 f" jaxpeft.load_adapter('{out}', "
@@ -136,13 +136,13 @@ def test_refusals_are_a_line_and_exit_code_2(
     )
     out, given = tmp_path / "out", ["--adapter", str(adapter), "--out", str(tmp_path / "out")]
     for arguments, text in (
-        (["--to=merged_quantized_reference"], "was trained on a base that is not quantized"),
+        (["--to=merged_quantized_reference"], "was trained on an unquantized base"),
         (["--to=merged", f"--base={other}"], "the adapter was trained on another base"),
         (
             ["--to=merged", "--task=encoder"],
-            "--task: is encoder, the adapter was trained for sequence_classification",
+            "--task: is encoder, but the adapter was trained for sequence_classification",
         ),
-        (["--to=peft", f"--out={other}"], "is not empty; give a new folder"),
+        (["--to=peft", f"--out={other}"], "is not empty; choose a new folder"),
     ):
         assert command.main([*given, *arguments]) == 2
         told = capsys.readouterr().err.splitlines()[-1]

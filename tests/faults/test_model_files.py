@@ -96,7 +96,7 @@ FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda f: f.write_bytes(b""), "not safetensors, or truncated (0 bytes)"),
     "gone": (
         lambda f: f.unlink(),
-        "no model.safetensors and no model.safetensors.index.json; the folder holds",
+        "no model.safetensors and no model.safetensors.index.json; the folder contains",
     ),
 }
 
@@ -155,7 +155,7 @@ def test_case_32_a_shard_that_is_missing_or_a_tensor_in_two_is_refused(
         (
             r".*\.q",
             (
-                "the regular expression '.*\\\\.q' matches no whole site name",
+                "the regular expression '.*\\\\.q' matches no full site name",
                 "the model has 17 site names, such as",
             ),
         ),
@@ -170,7 +170,7 @@ def test_case_33_targets_that_match_nothing_are_refused_with_what_there_is(
 
 
 def test_case_33_modules_to_save_that_are_none_are_refused(job: Job, marks: Marks) -> None:
-    said = "config.method.modules_to_save: 'poler' names no module of the model"
+    said = "config.method.modules_to_save: 'poler' matches no module of the model"
     refused(job, marks, said, arguments=("--config.method.modules_to_save=poler",))
 
 
@@ -238,7 +238,7 @@ def test_case_34_an_adapter_without_alpha_is_refused(
         marks,
         tiny_models,
         adapter,
-        f"{adapter}/adapter_config.json: lora_alpha: is not set; take it from where",
+        f"{adapter}/adapter_config.json: lora_alpha: is not set; use the value of",
     )
 
 
@@ -306,7 +306,7 @@ def test_case_38_a_pickled_adapter_is_refused_and_not_read(
         marks,
         tiny_models,
         adapter,
-        "the folder holds adapter_model.bin, a pickle, which is never read",
+        "the folder contains adapter_model.bin, a pickle, which is never read",
     )
     assert not (tmp_path / "canary").exists()
 
@@ -405,7 +405,7 @@ def test_case_40_a_catastrophic_expression_is_refused_in_time(job: Job, marks: M
     began = time.process_time()
     said = (
         "config.method.targets: the regular expression '(.|..|...)*[^\\\\w.]' takes more than 2 s"
-        " on the names"
+        " to match the model's module names"
     )
     refused(job, marks, said, arguments=(r"--config.method.targets=(.|..|...)*[^\w.]",))
     assert time.process_time() - began < SECONDS

@@ -153,7 +153,7 @@ def test_a_model_without_classes_has_no_labels(reference, task):
 def test_a_head_made_newly_is_logged(reference, caplog):
     with caplog.at_level("INFO", logger="jaxpeft"):
         jaxpeft.load(reference("distilbert", "encoder").folder, task=SEQUENCE)
-    assert messages(caplog)[1:] == ["newly made head: classifier, pre_classifier"]
+    assert messages(caplog)[1:] == ["newly initialized head: classifier, pre_classifier"]
 
 
 # ---------------------------------------------------------------------------------- wrong arguments
@@ -166,18 +166,18 @@ ARGUMENTS = [
     ({"task": None}, r"task: must be one of .*, is None"),
     (
         {"task": "causal_lm"},
-        r"task: 'causal_lm' is not one of a bert model \(it has sequence_classification, ",
+        r"task: 'causal_lm' is not supported by a bert model \(it has sequence_classification, ",
     ),
     ({"num_labels": 0}, r"num_labels: must be at least 1, is 0"),
     ({"num_labels": -3}, r"num_labels: must be at least 1, is -3"),
     ({"num_labels": True}, r"num_labels: must be at least 1, is True"),
     (
         {"pooling": "last"},
-        r"pooling: 'last' is not one of a bert model \(it has pooler, cls, mean\)",
+        r"pooling: 'last' is not supported by a bert model \(it has pooler, cls, mean\)",
     ),
     (
         {"task": "encoder", "pooling": "cls"},
-        r"pooling: goes with task 'sequence_classification' only, task is 'encoder'",
+        r"pooling: needs task 'sequence_classification', but task is 'encoder'",
     ),
     (
         {"remat": "some"},
@@ -221,7 +221,7 @@ def test_wrong_arguments_and_switches_are_listed_together(bert, tmp_path):
         (
             lambda c: c.update(model_type="bort"),
             (
-                r"model_type 'bort' is not supported \(supported: llama, .*\); give a model of one"
+                r"model_type 'bort' is not supported \(supported: llama, .*\); use a model of one"
                 r" of these$"
             ),
         ),
@@ -232,7 +232,7 @@ def test_wrong_arguments_and_switches_are_listed_together(bert, tmp_path):
         (lambda c: c.update(model_type=["bert"]), r"model_type \['bert'\] is not supported"),
         (
             lambda c: c.update(vocab_size="99"),
-            r"vocab_size: must be a whole number of at least 1, is '99'",
+            r"vocab_size: must be an integer of at least 1, is '99'",
         ),
         (
             lambda c: c.update(quantization_config={"bits": 4}),
@@ -261,7 +261,7 @@ def test_a_folder_without_config_or_weights_is_refused(bert, tmp_path):
     (folder / "pytorch_model.bin").write_bytes(b"\x80\x02")
     with pytest.raises(
         WeightsError,
-        match=r"holds pytorch_model\.bin, a pickle, which can run code and is never read",
+        match=r"contains pytorch_model\.bin, a pickle, which can run code and is never read",
     ):
         jaxpeft.load(folder, task=SEQUENCE)
 
@@ -293,7 +293,7 @@ def test_a_mesh_without_rules_has_every_leaf_on_each_device(bert):
     [
         (
             {"rules": jaxpeft.sharding_rules(jaxpeft.MeshConfig())},
-            r"rules: say nothing without a mesh; give load\(mesh=...\)",
+            r"rules: have no effect without a mesh; pass load\(mesh=...\)",
         ),
         (
             {
@@ -301,8 +301,8 @@ def test_a_mesh_without_rules_has_every_leaf_on_each_device(bert):
                 "sharding": jax.sharding.SingleDeviceSharding(jax.devices()[0]),
             },
             (
-                "sharding: the mesh and its rules say where each leaf lies; give one of sharding"
-                " and mesh"
+                "sharding: the mesh and its rules already shard each leaf; pass either sharding or"
+                " mesh"
             ),
         ),
     ],

@@ -37,7 +37,7 @@ EMPTY = ""
 )
 def test_what_is_no_folder_and_no_hub_id_is_refused(name):
     with pytest.raises(
-        WeightsError, match=r"no such folder; give a folder with config.json, or a hub id org/name"
+        WeightsError, match=r"no such folder; use a folder with config.json, or a hub id org/name"
     ):
         sources.resolve(name)
 
@@ -152,7 +152,7 @@ def test_a_hub_model_that_is_not_there_is_refused(cache, name, revision):
         sources.resolve(name, revision)
     (problem,) = caught.value.problems
     assert problem.startswith(
-        f"model {name!r}: neither a folder here nor available from the hub (LocalEntryNotFound"
+        f"model {name!r}: neither a local folder nor available from the hub (LocalEntryNotFound"
     )
     assert problem.endswith("; check the id, the network and the access token")
     assert "\n" not in problem
@@ -160,7 +160,7 @@ def test_a_hub_model_that_is_not_there_is_refused(cache, name, revision):
 
 def test_an_id_that_the_hub_cannot_have_is_refused():
     with pytest.raises(
-        WeightsError, match=r"model 'org/-name': neither a folder here nor .* \(HFValidationError"
+        WeightsError, match=r"model 'org/-name': neither a local folder nor .* \(HFValidationError"
     ):
         sources.resolve("org/-name")
 

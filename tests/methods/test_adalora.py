@@ -228,14 +228,14 @@ def test_the_schedule_must_fit_the_run() -> None:
         method.optimizer(optax.sgd(1.0), 10)
     method.optimizer(optax.sgd(1.0), 11)
     with pytest.raises(
-        ConfigError, match=r"adalora\.target_rank: is 9, above rank 4, which it is reached from"
+        ConfigError, match=r"adalora\.target_rank: is 9, but must not be above rank 4"
     ):
         jaxpeft.AdaLoRA(rank=4, target_rank=9)
     with pytest.raises(
-        ConfigError, match=r"adalora\.rank_pattern: 'q_proj' is 5, above rank 4, which is cut"
+        ConfigError, match=r"adalora\.rank_pattern: 'q_proj' is 5, but must not be above rank 4"
     ):
         jaxpeft.AdaLoRA(rank=4, target_rank=4, rank_pattern={"q_proj": 5})
-    with pytest.raises(TargetError, match="rank_pattern: 'q_proj' is no adapted site"):
+    with pytest.raises(TargetError, match="rank_pattern: 'q_proj' is not an adapted site"):
         jaxpeft.rewrite(
             jaxpeft.AdaLoRA(rank_pattern={"q_proj": 5}), load("llama")[1], jax.random.key(0)
         )
@@ -367,13 +367,13 @@ def test_what_is_refused_in_a_file() -> None:
         _, problems = jaxpeft.AdaLoRA.peft.read_options(
             jaxpeft.AdaLoRA, config | {"rank_pattern": pattern}
         )
-        assert problems == ["rank_pattern: must give a list of true and false for each site"]
+        assert problems == ["rank_pattern: must be a list of booleans for each site"]
     _, problems = jaxpeft.AdaLoRA.peft.read_options(
         jaxpeft.AdaLoRA, {"target_modules": ["q"], "use_dora": True, "alpha_pattern": {"q": 1}}
     )
     assert problems == [
         "use_dora: True is not supported by the adalora method; nothing was loaded",
         "alpha_pattern: {'q': 1} is not supported by the adalora method; nothing was loaded",
-        "init_r: is not set; take it from where the adapter was trained",
-        "lora_alpha: is not set; take it from where the adapter was trained",
+        "init_r: is not set; use the value of the adapter's training",
+        "lora_alpha: is not set; use the value of the adapter's training",
     ]

@@ -110,7 +110,7 @@ def test_a_placement_that_reads_the_residual_stream_is_refused_where_there_is_no
     params = adapted(model, jaxpeft.Adapter(placement=placement, targets=("mid",)), x)
     with pytest.raises(
         ConfigError,
-        match=f"placement '{placement}' reads the residual stream.*take placement 'houlsby'",
+        match=f"placement '{placement}' needs the residual stream.*use placement 'houlsby'",
     ):
         jaxpeft.apply(model, params, x)
 
@@ -235,7 +235,7 @@ def test_widths_that_the_rule_does_not_divide_are_refused() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"sublayers": "both", "targets": ("o_proj",)}, "sublayers: goes with targets 'default'"),
+        ({"sublayers": "both", "targets": ("o_proj",)}, "sublayers: needs targets 'default'"),
         ({"reduction_factor": 0}, "reduction_factor: must be above 0"),
         ({"scaling": "trained"}, "scaling: must be a number or one of 'learned', 'channel'"),
         ({"non_linearity": "prelu"}, "non_linearity: must be one of 'relu'"),
@@ -248,7 +248,7 @@ def test_options_that_are_refused(options: dict[str, Any], said: str) -> None:
 
 
 def test_a_model_without_the_usual_sites_is_refused() -> None:
-    with pytest.raises(TargetError, match="the model has none of the usual sites of adapter"):
+    with pytest.raises(TargetError, match="the model has none of the default sites of adapter"):
         jaxpeft.rewrite(
             jaxpeft.Adapter(),
             Plain().init(jax.random.key(0), random(3, 5))["params"],

@@ -48,7 +48,7 @@ def test_a_site_that_does_not_make_whole_blocks_is_named() -> None:
         jaxpeft.rewrite(jaxpeft.C3A(targets=("q_proj",)), base, jax.random.key(0))
     with pytest.raises(
         TargetError,
-        match=r"'q_proj\|down_proj' would be read otherwise by PEFT; give the end of a site's name",
+        match=r"PEFT would interpret 'q_proj\|down_proj' differently; use the end of a site's name",
     ):
         jaxpeft.rewrite(
             jaxpeft.C3A(targets=SITES, block_size_pattern={"q_proj|down_proj": 2}),
@@ -59,7 +59,7 @@ def test_a_site_that_does_not_make_whole_blocks_is_named() -> None:
     mixed = jaxpeft.C3A(block_size=4, targets=SITES, block_size_pattern={"1.mlp.down_proj": 16})
     with pytest.raises(
         ConfigError,
-        match=r"c3a: the layers of model/layers/mlp/down_proj are stacked, and .* differ in size",
+        match=r"c3a: the layers of model/layers/mlp/down_proj are stacked, but .* have different sizes",
     ):
         jaxpeft.rewrite(mixed, stacked, jax.random.key(0))
     with pytest.raises(TargetError, match="block_size_pattern: 'v_proj' matches no adapted site"):

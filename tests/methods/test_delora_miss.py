@@ -84,11 +84,11 @@ def test_variants_go_both_ways_with_the_real_peft(
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"rank": 33}, "miss: the kernel of proj, 32 by 12, does not split by rank 33"),
-        ({"rank": 8, "variant": "bat"}, "does not split by rank 8"),
+        ({"rank": 33}, "miss: the kernel of proj, 32 by 12, is not divisible by rank 33"),
+        ({"rank": 8, "variant": "bat"}, "is not divisible by rank 8"),
         (
             {"rank": 8, "variant": "mini", "mini_rank": 5},
-            "does not split by rank 8 and mini_rank 5",
+            "is not divisible by rank 8 and mini_rank 5",
         ),
     ],
 )

@@ -216,7 +216,7 @@ def test_other_starts_are_the_base_and_are_saved_as_what_peft_loads(
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"dora\.lora_bias: DoRA has no bias beside B; remove it"):
+    with pytest.raises(ConfigError, match=r"dora\.lora_bias: is not supported by DoRA; remove it"):
         jaxpeft.DoRA(lora_bias=True)
     dora = {"peft_type": "LORA", "use_dora": True}
     assert peft_config.method_of(dora) is jaxpeft.DoRA

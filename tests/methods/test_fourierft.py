@@ -47,7 +47,7 @@ def test_a_tree_of_another_seed_is_not_saved(tmp_path: Path, scan: bool) -> None
     )
     other = jaxpeft.FourierFT(frequencies=30, targets=SITES, location_seed=5)
     with pytest.raises(
-        AdapterError, match=r"fourierft_indices is \d+ in the tree, the method makes it \d+"
+        AdapterError, match=r"fourierft_indices is \d+ in the tree, the method makes \d+"
     ):
         jaxpeft.save_adapter(tmp_path, other, params, model)
 
@@ -82,7 +82,7 @@ def test_more_frequencies_than_there_are_are_refused() -> None:
     _, base = load("llama")
     with pytest.raises(
         ConfigError,
-        match=r"fourierft.frequencies: 2000 is more than the 1024 that the kernel of model\.layers",
+        match=r"fourierft.frequencies: 2000 is more than the 1024 of the kernel of model\.layers",
     ):
         jaxpeft.rewrite(
             jaxpeft.FourierFT(frequencies=2000, targets=("q_proj",)), base, jax.random.key(0)

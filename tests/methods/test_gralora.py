@@ -61,7 +61,7 @@ def test_one_block_is_lora() -> None:
 
 def test_what_does_not_divide_is_refused() -> None:
     _, base = load("llama")
-    with pytest.raises(ConfigError, match="rank: 5 is no multiple of blocks, 2"):
+    with pytest.raises(ConfigError, match="rank: 5 is not a multiple of blocks, 2"):
         jaxpeft.GraLoRA(rank=5)
     with pytest.raises(
         ConfigError,

@@ -83,7 +83,7 @@ def test_variants_go_both_ways_with_the_real_peft(
         (
             {"feedforward": r".*\.1\..*down_proj"},
             TargetError,
-            r"feedforward: takes some layers of model\.layers\.\*\.mlp\.down_proj",
+            r"feedforward: matches only some layers of model\.layers\.\*\.mlp\.down_proj",
         ),
         ({"feedforward": "("}, ConfigError, r"ia3\.feedforward: '\(' is not a regular expression"),
     ],

@@ -76,7 +76,7 @@ def test_it_is_refused_where_it_would_do_nothing(reference: Any) -> None:
     model, base = reference("llama", "causal_lm").load()
     method = jaxpeft.LoRA(rank=2, init_weights="loftq")
     with pytest.raises(
-        ConfigError, match="no kernel that is adapted is quantized; give another start"
+        ConfigError, match="no adapted kernel is quantized; choose another initialization"
     ):
         started(method, model, base)
     made, base = load("llama")
@@ -86,6 +86,6 @@ def test_it_is_refused_where_it_would_do_nothing(reference: Any) -> None:
         started(method, made, base)
     with pytest.raises(
         ConfigError,
-        match="init_weights: 'loftq' would begin with magnitudes that the kernels have not",
+        match="init_weights: 'loftq' would not match the kernels' magnitudes",
     ):
         jaxpeft.DoRA(init_weights="loftq")

@@ -67,7 +67,7 @@ def test_the_input_of_a_is_not_kept_for_the_backward_pass(scan: bool) -> None:
 
 def test_what_is_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"lora_fa\.lora_plus_ratio: compares B with A, and A is not trained"
+        ConfigError, match=r"lora_fa\.lora_plus_ratio: has no effect, since A is not trained"
     ):
         jaxpeft.LoRAFA(lora_plus_ratio=4.0)
     with pytest.raises(
@@ -78,14 +78,15 @@ def test_what_is_refused() -> None:
         )
     assert not jaxpeft.LoRAFA.peft.reads(jaxpeft.LoRAFA, {"peft_type": "LORA"})
     with pytest.raises(
-        ConfigError, match="lora and lora_fa train other ones of the same leaves; take one of them"
+        ConfigError,
+        match="lora and lora_fa share leaves but train different ones; use only one of them",
     ):
         jaxpeft.Mixed(
             methods=(jaxpeft.LoRA(targets=("q_proj",)), jaxpeft.LoRAFA(targets=("v_proj",)))
         )
     with pytest.raises(
         ConfigError,
-        match="two adalora would each wrap the optimizer; put the sites of both into one",
+        match="two adalora would each wrap the optimizer; combine their sites in one",
     ):
         jaxpeft.Mixed(
             methods=(jaxpeft.AdaLoRA(targets=("q_proj",)), jaxpeft.AdaLoRA(targets=("v_proj",)))

@@ -150,7 +150,7 @@ def test_what_cannot_be_is_refused() -> None:
     mixed = jaxpeft.LoKr(rank=2, targets=("down_proj",), rank_pattern={"1.mlp.down_proj": 16})
     with pytest.raises(
         ConfigError,
-        match=r"lokr: the layers of model/layers/mlp/down_proj are stacked, and with these options",
+        match=r"lokr: the layers of model/layers/mlp/down_proj are stacked, but with these options",
     ):
         jaxpeft.rewrite(mixed, base, jax.random.key(0))
     jaxpeft.rewrite(mixed, load("llama")[1], jax.random.key(0))

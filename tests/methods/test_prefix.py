@@ -120,10 +120,10 @@ def test_without_tokens_a_start_changes_nothing() -> None:
 
 
 def test_options_that_exclude_each_other_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"prefix\.init_tokens: cannot go with projection"):
+    with pytest.raises(ConfigError, match=r"prefix\.init_tokens: cannot be used with projection"):
         jaxpeft.PrefixTuning(init_tokens=FRONT, projection=True)
     with pytest.raises(
-        ConfigError, match=r"prefix\.init_tokens: cannot go with init_weights 'zero'"
+        ConfigError, match=r"prefix\.init_tokens: cannot be used with init_weights 'zero'"
     ):
         jaxpeft.PrefixTuning(init_tokens=FRONT, init_weights="zero")
     with pytest.raises(ConfigError, match=r"prefix\.num_virtual_tokens: must be at least 1, is 0"):

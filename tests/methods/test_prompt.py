@@ -66,21 +66,20 @@ def test_a_prompt_starts_as_the_tokens_of_a_text() -> None:
     np.testing.assert_array_equal(started["prompt_embeddings"], rows[[2, 37, 38, 39, 2]])
     same = jaxpeft.PromptTuning(num_virtual_tokens=5)
     assert same.start(params, Start(model, base, KEY, tokenizer)) == (same, params)
-    with pytest.raises(
-        ConfigError, match="init_text: the model has no tokenizer; give init_tokens"
-    ):
+    with pytest.raises(ConfigError, match="init_text: the model has no tokenizer; use init_tokens"):
         method.start(params, Start(model, base, KEY))
-    with pytest.raises(ConfigError, match="init_text: ' ' has no tokens; give init_tokens"):
+    with pytest.raises(ConfigError, match="init_text: ' ' has no tokens; use init_tokens"):
         jaxpeft.PromptTuning(init_text=" ").start(params, Start(model, base, KEY, tokenizer))
 
 
 def test_starts_that_exclude_each_other_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match=r"prompt\.init_tokens: cannot go with init_text; remove one of them"
+        ConfigError, match=r"prompt\.init_tokens: cannot be used with init_text; remove one of them"
     ):
         jaxpeft.PromptTuning(init_tokens=(1,), init_text="a")
     with pytest.raises(
-        ConfigError, match=r"prompt\.init_text: cannot go with init_weights; remove one of them"
+        ConfigError,
+        match=r"prompt\.init_text: cannot be used with init_weights; remove one of them",
     ):
         jaxpeft.PromptTuning(init_weights="normal", init_text="a")
     with pytest.raises(ConfigError, match="init_tokens: 99 is outside the vocabulary of 99"):

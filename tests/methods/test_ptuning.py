@@ -68,7 +68,7 @@ def test_without_a_network_the_embeddings_are_the_prompt() -> None:
     leaves = jaxpeft.rewrite(jaxpeft.PTuning(encoder="none"), base, KEY)
     assert [name for name in leaves if name.startswith("ptuning")] == ["ptuning_embeddings"]
     with pytest.raises(
-        ConfigError, match=r"ptuning\.encoder_hidden_size: there is no network with encoder 'none'"
+        ConfigError, match=r"ptuning\.encoder_hidden_size: has no effect with encoder 'none'"
     ):
         jaxpeft.PTuning(encoder="none", encoder_hidden_size=4)
 

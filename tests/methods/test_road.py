@@ -39,7 +39,7 @@ def test_a_site_that_does_not_make_whole_groups_is_named() -> None:
     _, base = load("llama")
     with pytest.raises(
         ConfigError,
-        match=r"64 does not divide the 32 outputs of model\.layers\.0\..*; give a divisor",
+        match=r"64 does not divide the 32 outputs of model\.layers\.0\..*; use a divisor",
     ):
         jaxpeft.rewrite(jaxpeft.RoAd(targets=("q_proj",)), base, jax.random.key(0))
     with pytest.raises(ConfigError, match="group_size: is 3; must be even"):

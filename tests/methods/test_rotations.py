@@ -190,14 +190,14 @@ def test_trained_biases_go_both_ways_with_the_real_peft(
     [
         (
             lambda: jaxpeft.OFT(block_size=4, blocks=2),
-            r"oft\.blocks: is in place of block_size; remove one of them",
+            r"oft\.blocks: replaces block_size; remove one of them",
         ),
         (lambda: jaxpeft.OFT(neumann_terms=1), r"oft\.neumann_terms: one term is the identity"),
         (
             lambda: jaxpeft.OFT(block_size=2).site_block_size(site(7)),
-            "oft: proj takes 7 inputs, which would make blocks of one",
+            "oft: proj has 7 inputs, so the blocks would have size 1",
         ),
-        (lambda: jaxpeft.BOFT(block_size=4, blocks=2), r"boft\.blocks: is in place of block_size"),
+        (lambda: jaxpeft.BOFT(block_size=4, blocks=2), r"boft\.blocks: replaces block_size"),
         (
             lambda: jaxpeft.BOFT(block_size=5).site_blocks(site(32)),
             "boft: the 32 inputs of proj do not split into blocks of 5$",
@@ -212,7 +212,7 @@ def test_trained_biases_go_both_ways_with_the_real_peft(
         ),
         (
             lambda: jaxpeft.HRA(rank=3),
-            r"hra\.rank: is 3; must be even, as only pairs of reflections can begin at the base",
+            r"hra\.rank: must be even, since only pairs of reflections can start as the identity, is 3",
         ),
     ],
 )
@@ -233,7 +233,7 @@ def test_the_series_of_an_earlier_peft_is_refused(version: str | None) -> None:
     with pytest.raises(
         AdapterError,
         match=(
-            r"use_cayley_neumann: peft_version is .*, and before PEFT 0\.18 the series was another"
+            r"use_cayley_neumann: peft_version is .*, but the series was different before PEFT 0\.18"
         ),
     ):
         peft_config.read(config | {"use_cayley_neumann": True}, "file", {})

@@ -190,4 +190,4 @@ def test_what_is_refused_by_config() -> None:
             method, {"target_modules": ["q"], "fan_in_fan_out": True, **config}
         )
         assert problems[0].startswith("fan_in_fan_out: True is not supported")
-        assert problems[1].endswith("is not set; take it from where the adapter was trained")
+        assert problems[1].endswith("is not set; use the value of the adapter's training")

@@ -70,7 +70,7 @@ def test_places_that_the_kernel_has_not_are_refused(
     edited(tmp_path, change)
     with pytest.raises(
         AdapterError,
-        match=r"layers\.1\.mlp\.down_proj\.shira_indices: names places that the kernel, 32 outputs",
+        match=r"layers\.1\.mlp\.down_proj\.shira_indices: has indices outside of the kernel, 32 outputs",
     ):
         jaxpeft.load_adapter(tmp_path, model, base)
 
@@ -91,6 +91,6 @@ def test_a_rank_that_asks_for_more_than_the_kernel_has_is_refused() -> None:
     _, base = load("llama")
     with pytest.raises(
         ConfigError,
-        match=r"shira.rank: 32 asks for 2048 entries of the kernel of .*, which has 1024",
+        match=r"shira.rank: 32 needs 2048 entries of the kernel of .*, which has 1024",
     ):
         jaxpeft.rewrite(jaxpeft.SHiRA(targets=("q_proj",)), base, jax.random.key(0))

@@ -149,7 +149,7 @@ def test_every_option_of_the_real_peft_is_read_or_known_to_change_nothing(
     )
     _, problems = method.peft.read_options(method, {"target_modules": ["q_proj"]})
     missing = [
-        f"{key}: is not set; take it from where the adapter was trained"
+        f"{key}: is not set; use the value of the adapter's training"
         for key in method.peft.required
     ]
     assert missing == [problem for problem in problems if "is not set" in problem]

@@ -42,7 +42,7 @@ def test_a_file_without_logits_is_refused(tmp_path: Path) -> None:
     edit_json(
         tmp_path / "adapter_config.json", lambda config: config.update(save_only_topk_weights=True)
     )
-    with pytest.raises(AdapterError, match="save_only_topk_weights: the file holds no logits"):
+    with pytest.raises(AdapterError, match="save_only_topk_weights: the file has no logits"):
         jaxpeft.load_adapter(tmp_path, model, base)
 
 
@@ -52,7 +52,7 @@ def test_a_tree_of_another_topk_is_not_saved(tmp_path: Path) -> None:
     params = jaxpeft.rewrite(method, base, jax.random.key(0))
     other = jaxpeft.VBLoRA(vectors=9, vector_length=16, topk=1, targets=SITES)
     with pytest.raises(
-        AdapterError, match=r"vblora_topk is \[2\] in the tree, the method makes it \[1\]"
+        AdapterError, match=r"vblora_topk is \[2\] in the tree, the method makes \[1\]"
     ):
         jaxpeft.save_adapter(tmp_path, other, params, model)
 

@@ -102,7 +102,7 @@ def test_an_encoder_packs_texts_behind_a_past_and_not_behind_a_prompt() -> None:
     np.testing.assert_allclose(together, np.concatenate(alone), atol=2e-5)
     with pytest.raises(
         DataError,
-        match="segment_ids: a prompt sees all tokens of a row, so a row can hold one text",
+        match="segment_ids: a prompt attends to all tokens of a row, so rows cannot be packed",
     ):
         jaxpeft.apply(model, adapted(METHODS["prompt"], base), ids, segment_ids=segments)
 
@@ -158,8 +158,8 @@ def test_a_module_that_takes_no_virtual_tokens_is_refused(method: Any) -> None:
         method, model.init(jax.random.key(0), ids)["params"], jax.random.key(0)
     )
     text = (
-        rf"Foreign.__call__ takes no input 'virtual', which the {method.name} method gives; it"
-        r" works on the models that"
+        rf"Foreign.__call__ has no argument 'virtual', which the {method.name} method passes; it"
+        r" works on the models of"
     )
     with pytest.raises(ConfigError, match=text):
         jaxpeft.apply(model, params, ids)
@@ -190,7 +190,7 @@ def test_rows_that_leave_no_place_for_the_virtual_tokens_are_refused() -> None:
     params = jaxpeft.rewrite(METHODS["prompt"], base, jax.random.key(0))
     with pytest.raises(
         DataError,
-        match="a row has 36 tokens behind 5 virtual ones and the bert model reads at most 40",
+        match="a row has 36 tokens and 5 virtual ones, but the bert model supports at most 40",
     ):
         jaxpeft.apply(model, params, np.full((1, 36), 5))
 
@@ -374,7 +374,7 @@ def test_a_tree_that_the_method_would_not_have_made_is_not_saved(
     model, base = reference("llama", "causal_lm").load()
     other = type(method)(num_virtual_tokens=4)
     with pytest.raises(
-        AdapterError, match=r"_embeddings: is \[4, .*\] in the tree, the method makes it \[5, "
+        AdapterError, match=r"_embeddings: is \[4, .*\] in the tree, the method makes \[5, "
     ):
         jaxpeft.save_adapter(
             tmp_path, method, jaxpeft.rewrite(other, base, jax.random.key(0)), model

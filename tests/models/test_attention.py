@@ -175,4 +175,4 @@ def test_why_a_kernel_does_not_fit_a_model() -> None:
     assert why(jnp.bfloat16) == ""
     assert why(jnp.float32) == "activations are float32, not bfloat16"
     assert why(jnp.bfloat16, attention_dropout=0.1) == "attention dropout is 0.1"
-    assert why(jnp.bfloat16, head_dim=12) == "a head has 12 numbers, not a multiple of 8 up to 128"
+    assert why(jnp.bfloat16, head_dim=12) == "the head size is 12, not a multiple of 8 up to 128"

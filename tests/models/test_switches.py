@@ -44,8 +44,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "llama",
         {"rope_parameters": {"full_attention": {"rope_type": "yarn"}}},
         (
-            "rope_parameters: another rope for each of full_attention is not supported (supported:"
-            " one)"
+            "rope_parameters: separate settings for full_attention are not supported (supported:"
+            " one for all layers)"
         ),
     ),
     (
@@ -78,7 +78,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "llama",
         {"num_attention_heads": 0},
-        "num_attention_heads: must be a whole number of at least 1, is 0",
+        "num_attention_heads: must be an integer of at least 1, is 0",
     ),
     (
         "llama",
@@ -88,11 +88,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "llama",
         {"num_key_value_heads": "two"},
-        "num_key_value_heads: must be a whole number of at least 1, is 'two'",
+        "num_key_value_heads: must be an integer of at least 1, is 'two'",
     ),
     ("llama", {"hidden_size": 30}, "num_attention_heads: 4 does not divide hidden_size 30"),
-    ("llama", {"hidden_size": None}, "hidden_size: must be a whole number of at least 1, is None"),
-    ("llama", {"head_dim": 7}, "head_dim: must be even, to rotate pairs, is 7"),
+    ("llama", {"hidden_size": None}, "hidden_size: must be an integer of at least 1, is None"),
+    ("llama", {"head_dim": 7}, "head_dim: must be even for rotary embeddings, is 7"),
     ("llama", {"attention_bias": "false"}, "attention_bias: must be true or false, is 'false'"),
     (
         "llama",
@@ -103,7 +103,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "mistral",
         {"sliding_window": 4.5},
-        "sliding_window: must be a whole number of at least 1, is 4.5",
+        "sliding_window: must be an integer of at least 1, is 4.5",
     ),
     (
         "qwen2",
@@ -126,7 +126,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"layer_types": ["sliding_attention"] * 2},
         "layer_types: sliding_attention needs use_sliding_window true and sliding_window a number",
     ),
-    ("bert", {"is_decoder": True}, "is_decoder: True is not supported: only encoders are"),
+    (
+        "bert",
+        {"is_decoder": True},
+        "is_decoder: True is not supported: only encoders are supported",
+    ),
     (
         "bert",
         {"position_embedding_type": "relative_key"},
@@ -135,12 +139,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "roberta",
         {"add_cross_attention": True},
-        "add_cross_attention: True is not supported: only encoders are",
+        "add_cross_attention: True is not supported: only encoders are supported",
     ),
     (
         "roberta",
         {"pad_token_id": None},
-        "pad_token_id: must be a whole number of at least 0, is None",
+        "pad_token_id: must be an integer of at least 0, is None",
     ),
     (
         "bert",
@@ -202,7 +206,7 @@ def test_an_unknown_architecture_names_the_known_ones_and_invites_no_edit(kind):
 def test_an_encoder_is_no_language_model(tiny_config, kind):
     with pytest.raises(
         ConfigError,
-        match=f"task: 'causal_lm' is not one of a {kind} model \\(it has sequence_classification",
+        match=f"task: 'causal_lm' is not supported by a {kind} model \\(it has sequence_classification",
     ):
         build(tiny_config(kind), "causal_lm")
 
@@ -217,14 +221,14 @@ def test_a_classifier_needs_labels(tiny_config, labels):
     ("kind", "how"), [("llama", "pooler"), ("roberta", "pooler"), ("bert", "last"), ("bert", "max")]
 )
 def test_a_pooling_that_the_architecture_has_not(tiny_config, kind, how):
-    with pytest.raises(ConfigError, match=f"pooling: '{how}' is not one of a {kind} model"):
+    with pytest.raises(ConfigError, match=f"pooling: '{how}' is not supported by a {kind} model"):
         build(tiny_config(kind), "sequence_classification", num_labels=2, pooling=how)
 
 
 def test_pooling_goes_with_sequence_classification_only(tiny_config):
     with pytest.raises(
         ConfigError,
-        match="pooling: goes with task 'sequence_classification' only, task is 'encoder'",
+        match="pooling: needs task 'sequence_classification', but task is 'encoder'",
     ):
         build(tiny_config("bert"), "encoder", pooling="mean")
 

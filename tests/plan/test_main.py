@@ -232,7 +232,7 @@ def test_attention_that_a_run_would_refuse_is_refused(tmp_path):
     fsdp, sequence = found["rows"]
     assert (fsdp["attention"], fsdp["fits"]) == ("cudnn", True)
     said = (
-        "refused: model.attention: cudnn needs whole rows, and mesh.sequence spreads them over 8"
+        "refused: model.attention: cudnn needs unsharded rows, but mesh.sequence shards them over 8"
         " devices; set it to auto"
     )
     assert sequence["verdict"].startswith(said) and sequence["fits"] is False
@@ -255,10 +255,7 @@ def test_where_every_strategy_is_refused_the_reasons_are_the_answer(tmp_path, ca
     assert (
         plan.main([*asked, "--strategies", "fsdp,sequence", "--config.model.attention=splash"]) == 2
     )
-    said = (
-        "jaxpeft: model.attention: splash computes on tpu, and the devices are cpu; set it to"
-        " auto\n"
-    )
+    said = "jaxpeft: model.attention: splash runs on tpu, but the devices are cpu; set it to auto\n"
     assert capsys.readouterr().err.endswith(said)
 
 

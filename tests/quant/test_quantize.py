@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_refused(reference: Any) -> None:
         jaxpeft.quantize(base, "nf3")
     with pytest.raises(
         ConfigError,
-        match="quant_group: 32 does not go with nf4, which has no groups; int4 and int8 have",
+        match="quant_group: is 32, but nf4 has no groups; only int4 and int8 have",
     ):
         jaxpeft.Quant("nf4", group=32)
     with pytest.raises(
@@ -128,20 +128,21 @@ def test_what_does_not_fit_is_refused(reference: Any) -> None:
     with pytest.raises(TargetError, match="'no_proj'"):
         jaxpeft.quantize(base, jaxpeft.Quant("int4", targets=("no_proj",)))
     with pytest.raises(
-        ConfigError, match=r"1 of the 2 stacked layers of model\.layers\.0\.mlp\.up_proj are named"
+        ConfigError,
+        match=r"1 of the 2 stacked layers of model\.layers\.0\.mlp\.up_proj are selected",
     ):
         jaxpeft.quantize(stacked, jaxpeft.Quant("int4", targets=("0.mlp.up_proj",)))
     odd = {"layers": {"0": {"proj": {"kernel": jnp.zeros((3, 4))}}}}
     with pytest.raises(
         ConfigError,
-        match=r"layers\.0\.proj takes 3 inputs, and nf4 needs an even number; exclude it",
+        match=r"layers\.0\.proj has 3 inputs, but nf4 needs an even number; exclude it",
     ):
         jaxpeft.quantize(odd, "nf4")
     folder = reference("llama", "causal_lm").folder
     with pytest.raises(
         ConfigError,
         match=(
-            "quant: lm_head is to be quantized, and vocab_size=120 gives it more tokens; exclude it"
+            "quant: lm_head is to be quantized, and vocab_size=120 adds tokens to it; exclude it"
         ),
     ):
         jaxpeft.load(
@@ -159,9 +160,9 @@ def test_what_does_not_fit_is_refused(reference: Any) -> None:
     [
         ({"targets": "("}, r"quant_targets: '\(' is not a regular expression"),
         ({"exclude": "[a"}, r"quant_exclude: '\[a' is not a regular expression"),
-        ({"group": 2.0}, r"quant_group: must be a whole number of at least 1, is 2\.0"),
-        ({"group": 0}, "quant_group: must be a whole number of at least 1, is 0"),
-        ({"group": True}, "quant_group: must be a whole number of at least 1, is True"),
+        ({"group": 2.0}, r"quant_group: must be an integer of at least 1, is 2\.0"),
+        ({"group": 0}, "quant_group: must be an integer of at least 1, is 0"),
+        ({"group": True}, "quant_group: must be an integer of at least 1, is True"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: Any, message: str) -> None:
@@ -181,11 +182,11 @@ def test_lists_are_taken_and_what_is_excluded_in_vain_is_said(
     assert not caplog.records
     jaxpeft.quantize(base, jaxpeft.Quant("int8", exclude=("qproj", "k_proj")))
     assert (
-        "quant_exclude: 'qproj' is no linear module of this model; did you mean 'q_proj'"
+        "quant_exclude: 'qproj' matches no linear module of this model; did you mean 'q_proj'"
         in caplog.text
     )
     jaxpeft.quantize(base, jaxpeft.Quant("int8", exclude=r".*no_such"))
-    assert "quant_exclude: '.*no_such' is no linear module" in caplog.text
+    assert "quant_exclude: '.*no_such' matches no linear module" in caplog.text
 
 
 @every_form

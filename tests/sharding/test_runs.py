@@ -250,7 +250,7 @@ def test_offload_is_refused_where_there_is_no_such_memory(config: Config) -> Non
 
     fetching.require_host_memory(MeshConfig(offload=True), mesh)
     said = (
-        r"mesh\.offload: the devices \(some chip\) have no memory of kind pinned_host \(they have"
+        r"mesh\.offload: the devices \(some chip\) have no pinned_host memory \(they have"
         r" hbm\); set it to False"
     )
     with pytest.raises(ConfigError, match=said):

@@ -101,7 +101,7 @@ def test_a_quantized_base_is_not_stacked_on_a_gpu(
 def test_a_kernel_of_another_platform_is_refused(options: Callable[..., ModelOptions]) -> None:
     with pytest.raises(
         ConfigError,
-        match=r"model\.attention: cudnn computes on cuda, and the devices are cpu; set it to auto",
+        match=r"model\.attention: cudnn runs on cuda, but the devices are cpu; set it to auto",
     ):
         options(model__attention="cudnn")
     assert options(model__attention="xla").attention == "xla"

@@ -156,7 +156,7 @@ def test_what_each_method_trains() -> None:
 @pytest.mark.parametrize("method", [jaxpeft.Head(), jaxpeft.BitFit()])
 def test_a_method_that_would_train_nothing_is_refused(method: Any) -> None:
     _, base = make()
-    with pytest.raises(ConfigError, match=f"method '{method.name}' trains nothing here"):
+    with pytest.raises(ConfigError, match=f"method '{method.name}' has no trainable parameters"):
         jaxpeft.rewrite(method, base, jax.random.key(0))
 
 
@@ -164,7 +164,7 @@ def test_rewriting_twice_is_refused() -> None:
     _, base = make()
     params = jaxpeft.rewrite(jaxpeft.LoRA(), base, jax.random.key(0))
     with pytest.raises(
-        ConfigError, match=r"_proj already holds lora leaves; rewrite the base, or merge first"
+        ConfigError, match=r"_proj already has lora leaves; rewrite the base, or merge first"
     ):
         jaxpeft.rewrite(jaxpeft.LoRA(), params, jax.random.key(0))
 
@@ -181,7 +181,7 @@ def test_merged_gives_what_unmerged_gives_and_merging_twice_is_refused(
     assert jax.tree.structure(merged) == jax.tree.structure(base)
     outputs = [jaxpeft.apply(model, p, IDS) for p in (merged, params)]
     np.testing.assert_allclose(*outputs, atol=2e-5)
-    with pytest.raises(ConfigError, match="nothing to merge: no module holds lora leaves"):
+    with pytest.raises(ConfigError, match="nothing to merge: no module has lora leaves"):
         jaxpeft.merge(method, merged)
 
 

@@ -8,9 +8,9 @@
     model_head.safetensors  classifier.weight of a model class of transformers,
                             heads.NAME.1.weight of one of the library
 
-The library keeps adapters beside the sub-layers, which here are leaves of the linear modules that
-end them; it lists the layers that are left out, and its options say whether attention and
-feed-forward have adapters.
+The library stores adapters as modules next to the sub-layers; here they are leaves of the last
+linear module of each sub-layer. Its options list the layers without adapters, and say whether
+attention and feed-forward have adapters.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MODULES = {
     "self_attn.o_proj": "attention_adapters",
     "mlp.down_proj": "output_adapters",
 }
-"""From the end of a site's name to that of the module that keeps its adapters; the first that fits.
+"""Maps the suffix of a site's name to the module that stores its adapters; the first match applies.
 """
 _ATTENTION = ("attention.output.dense", "attention.out_lin", "self_attn.o_proj")
 _FAMILIES = {
@@ -64,7 +64,7 @@ _HEAD_TYPES = {
     "sequence_classification": ("classification", "multilabel_classification"),
     "token_classification": ("tagging",),
 }
-_OLD_NAMES = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # of files that say no version
+_OLD_NAMES = {"gelu": "gelu_new", "gelu_orig": "gelu"}  # in files without a version
 _log = logging.getLogger(__name__)
 
 
@@ -79,13 +79,15 @@ class AdapterHub(FolderLayout):
         "save it again in the adapters library, model.save_adapter(folder, name,"
         " use_safetensors=True)"
     )
-    usage = "There: `model.load_adapter(folder, use_safetensors=True, set_active=True)`.\n"
+    usage = (
+        "Load it there with `model.load_adapter(folder, use_safetensors=True, set_active=True)`.\n"
+    )
 
     def files(self, content: Content) -> dict[str, Mapping[str, Any]]:
         """Return the content of each file by its name.
 
         Raises:
-            AdapterError: sites are adapted that the library does not adapt.
+            AdapterError: Sites are adapted that the library cannot adapt.
         """
         model, kind = content.model, _model_type(content.model)
         common = {
@@ -125,11 +127,11 @@ class AdapterHub(FolderLayout):
     def read(
         self, folder: Path, model: Pretrained, params: Mapping[str, Any]
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read a folder; without a prediction head in it, the model's own stays.
+        """Read a folder. If it has no prediction head, the model keeps its own.
 
         Raises:
-            AdapterError: another kind of adapter, or one for another kind of model.
-            WeightsError: a file is missing or broken.
+            AdapterError: It is a different kind of adapter, or for a different kind of model.
+            WeightsError: A file is missing or broken.
         """
         config = read_json(folder / CONFIG)
         kind, section = _model_type(model), config.get("config")
@@ -138,7 +140,7 @@ class AdapterHub(FolderLayout):
             problems.append(f"config: must be a section with the adapter's options, is {section!r}")
         elif section.get("architecture") is not None:
             problems.append(
-                f"architecture: {section['architecture']!r} is not supported; of this library"
+                f"architecture: {section['architecture']!r} is not supported; only this library's"
                 " bottleneck adapters are"
             )
         if kind and config.get("model_type") not in (None, kind):
@@ -157,9 +159,7 @@ class AdapterHub(FolderLayout):
 
 
 def _model_type(model: Pretrained) -> str | None:
-    """Return the `model_type` of a model's `config.json`, None of a decoder that no file is known
-    of.
-    """
+    """Return the `model_type` of a model's `config.json`; None for a decoder without a file."""
     kind = getattr(model.config, "kind", None)
     if kind is None and model.source is not None:
         kind = read_json(model.source.folder / "config.json").get("model_type")
@@ -174,16 +174,16 @@ def _end(site: str) -> str | None:
 
 
 def _where(sites: Sequence[str], layers: int) -> dict[str, Any]:
-    """Return the options that say which sub-layers of which layers have adapters.
+    """Return the options that select the sub-layers and layers with adapters.
 
     Raises:
-        AdapterError: they cannot say it.
+        AdapterError: The library's options cannot express these sites.
     """
     others = [site for site in sites if _end(site) is None]
     if others:
         raise AdapterError(
-            f"{others[0]}: the adapters library has adapters where a sub-layer ends only"
-            f" ({', '.join(_MODULES)}); the adapter cannot be saved as it has them"
+            f"{others[0]}: the adapters library supports adapters only at the end of a sub-layer"
+            f" ({', '.join(_MODULES)}); this adapter cannot be saved in its format"
         )
     numbers: dict[bool, set[int]] = {True: set(), False: set()}
     for site in sites:
@@ -194,14 +194,14 @@ def _where(sites: Sequence[str], layers: int) -> dict[str, Any]:
         raise AdapterError(
             f"attention has adapters in the layers {sorted(attention)}, feed-forward in"
             f" {sorted(output)}; the adapters library has one list of layers for both: adapt the"
-            " same ones"
+            " same layers"
         )
-    left = sorted(set(range(layers)) - (attention | output))
-    return {"mh_adapter": bool(attention), "output_adapter": bool(output), "leave_out": left}
+    skipped = sorted(set(range(layers)) - (attention | output))
+    return {"mh_adapter": bool(attention), "output_adapter": bool(output), "leave_out": skipped}
 
 
 def _library_name(name: str, sites: Sequence[str]) -> str:
-    """Return the library's name of a tensor of a site, or of one at the root."""
+    """Return the library's name for the tensor of a site, or for one at the root."""
     site = next((site for site in sites if name.startswith(f"{site}.")), None)
     if site is None:
         backbone = sites[0].split(".")[0]
@@ -216,25 +216,21 @@ _STACKS = ("encoder", "transformer", "layers")
 
 
 def _options(section: Mapping[str, Any], has_version: bool, layers: int) -> dict[str, Any]:
-    """Return the options as a method reads them: with its own word for the sites, and the layers
-    that are not left out.
-    """
+    """Return the options as a method reads them, with the list of layers that have adapters."""
     options = {
         key: value for key, value in section.items() if key not in ("leave_out", "architecture")
     }
     act = str(options.get("non_linearity", "")).lower().replace("leakyrelu", "leaky_relu")
     if act:
         options["non_linearity"] = act if has_version else _OLD_NAMES.get(act, act)
-    left = section.get("leave_out") or []
-    if left:
-        options["layers_to_transform"] = [i for i in range(layers) if i not in left]
+    skipped = section.get("leave_out") or []
+    if skipped:
+        options["layers_to_transform"] = [i for i in range(layers) if i not in skipped]
     return options | {"peft_type": AdapterHub.name, "target_modules": "default"}
 
 
 def _local_name(header: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tensors by the names of sites; the name of the backbone is left out where the
-    library saved it alone.
-    """
+    """Return the tensors by site name, whether or not their names have the backbone's prefix."""
     sites: dict[str, str] = {}
     for site in (name for found in targets.find_sites(params) for name in found.names):
         end = _end(site)
@@ -250,13 +246,13 @@ def _local_name(header: Mapping[str, Any], params: Mapping[str, Any]) -> dict[st
 
 
 def _without_backbone(name: str) -> str:
-    """Return a module's name without that of the backbone around the layers."""
+    """Return a module's name without the backbone's prefix."""
     return re.sub(rf"^(?!(?:{'|'.join(_STACKS)})\.)[^.]+\.", "", name)
 
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor that the model holds already, in place of one in a file."""
+    """A tensor of the loaded model, used instead of one from a file."""
 
     value: np.ndarray[Any, Any]
 
@@ -281,23 +277,23 @@ class Held:
 
 
 def _head(folder: Path, model: Pretrained, params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tensors of the prediction head by the names that the model has for them.
+    """Return the tensors of the prediction head by the model's names.
 
     Raises:
-        AdapterError: the head is not one that the model has.
+        AdapterError: The head does not fit the model.
     """
     own = {
         paths.hf_names(path, None)[0]: (path, leaf)
         for path, leaf in paths.walk(params)
         if paths.is_head(path)
     }
-    there = (folder / HEAD_WEIGHTS).is_file()
+    saved = (folder / HEAD_WEIGHTS).is_file()
     if not own:
-        if there and model.options.task == "causal_lm":
+        if saved and model.options.task == "causal_lm":
             _require_same_head(folder / HEAD_WEIGHTS, params)
         return {}
-    if not there:
-        _log.warning("%s: holds no %s; the model's own head stays as it is", folder, HEAD_WEIGHTS)
+    if not saved:
+        _log.warning("%s: has no %s; the model's own head is kept", folder, HEAD_WEIGHTS)
         return {name: Held(_torch(path, leaf)) for name, (path, leaf) in own.items()}
     header, config = read_header(folder / HEAD_WEIGHTS), read_json(folder / HEAD_CONFIG)
     found = _head_problems(config, model, own, saved_here=(folder / EXTRA).is_file())
@@ -313,13 +309,14 @@ def _head(folder: Path, model: Pretrained, params: Mapping[str, Any]) -> dict[st
 
 
 def _torch(path: paths.Path, leaf: Any) -> np.ndarray[Any, Any]:
-    """Return a leaf as torch has it."""
+    """Return a leaf in torch's layout."""
     return np.asarray(leaf).T if path[-1] == "kernel" else np.asarray(leaf)
 
 
 def _require_same_head(file: Path, params: Mapping[str, Any]) -> None:
-    """Refuse a language-model head that is not the base's: the library saves it with an adapter,
-    and may have trained it.
+    """Raise an error if a saved language-model head differs from the base's.
+
+    The library saves the head with every adapter, and may have trained it.
     """
     for path, leaf in paths.walk(params):
         if path == ("lm_head", "kernel") or ("lm_head" not in params and path[-1] == "embedding"):
@@ -327,7 +324,7 @@ def _require_same_head(file: Path, params: Mapping[str, Any]) -> None:
             for name, tensor in read_header(file).items():
                 if not np.array_equal(tensor.read().astype(base.dtype), base):
                     raise AdapterError(
-                        f"{file}: {name} is not that of the base: it was trained with the adapter,"
+                        f"{file}: {name} differs from the base's: it was trained with the adapter,"
                         " which is not supported; save the base with that head, and the adapter"
                         " with with_head=False"
                     )
@@ -344,36 +341,37 @@ def _head_modules(own: Mapping[str, Any]) -> list[str]:
 def _head_problems(
     config: Mapping[str, Any], model: Pretrained, own: Mapping[str, Any], *, saved_here: bool
 ) -> list[str]:
-    """List in what a prediction head differs from the model's; what one that jaxpeft saved reads,
-    its own file says.
+    """List the differences between a prediction head and the model's.
+
+    The pooling of a head that jaxpeft saved is checked with `jaxpeft.json` instead.
     """
     task, head, usual = model.options.task, config.get("config"), model.config.own_pooling
     if isinstance(head, Mapping):
         found, reads = _layer_problems(head, task, _head_modules(own)), usual
         if usual != "last":
             reads = "pooler" if head.get("use_pooler") else "cls"
-    else:  # that of a model class of transformers
-        given, reads = str(config.get("model_class")), usual
+    else:  # the head of a transformers model class
+        name, reads = str(config.get("model_class")), usual
         kind = _CLASSES[task]
         found = (
             []
-            if given.endswith(kind)
-            else [f"model_class: {given!r} is another kind of head than ...{kind}"]
+            if name.endswith(kind)
+            else [f"model_class: {name!r} has a different kind of head than ...{kind}"]
         )
     known = saved_here and not isinstance(head, Mapping)
     if task == "sequence_classification" and not known and reads != model.options.pooling:
         found.append(
-            f"the head reads {reads!r}, the model {model.options.pooling!r}; load the model with"
-            f" pooling={reads!r}"
+            f"the head uses pooling {reads!r}, the model {model.options.pooling!r}; load the model"
+            f" with pooling={reads!r}"
         )
     return found
 
 
 def _layer_problems(head: Mapping[str, Any], task: str, modules: Sequence[str]) -> list[str]:
-    """List in what the layers of a head of the library's differ from those that the model has."""
+    """List the differences between the layers of the library's head and the model's."""
     found: list[str] = []
     if head.get("head_type") not in _HEAD_TYPES[task]:
-        found.append(f"head_type: {head.get('head_type')!r} is another kind of head than {task}")
+        found.append(f"head_type: {head.get('head_type')!r} is not a head for {task}")
     if head.get("layers") != len(modules):
         found.append(
             f"layers: the head has {head.get('layers')}, the model's has {len(modules)}"

@@ -1,8 +1,7 @@
-"""Several methods in one adapter folder: those that a method's files hold beside it, as
-`Method.beside` says.
+"""Several methods in one adapter folder: the additional methods that a method's files can store
+(`Method.beside`).
 
-Here they are a method made of methods. One that trains the head alone, and so names modules that
-are saved whole, adds nothing to the options.
+In jaxpeft they are one mixed method. A part that only trains the head adds no options.
 """
 
 from __future__ import annotations
@@ -20,15 +19,14 @@ MODULES = "|".join(
         {re.escape(method.peft.beside.module) for method in METHODS.values() if method.peft.beside}
     )
 )
-"""An expression of the modules in which PEFT keeps a method beside another."""
+"""A regular expression of the modules in which PEFT stores an additional method."""
 
 
 def split(method: Method) -> tuple[Method, tuple[Method, ...]] | None:
-    """Return the method whose options a folder holds, and those beside it; None where it takes
-    several folders.
+    """Return the main method of a folder and the additional ones; None if it needs several folders.
 
     Args:
-        method: what is to be saved.
+        method: the method to save.
     """
     if method.parts() == (method,):
         return method, ()
@@ -47,14 +45,13 @@ def split(method: Method) -> tuple[Method, tuple[Method, ...]] | None:
 
 
 def rename(method: Method, text: str) -> str:
-    """Return a tensor's name, or a text that holds it, with that of a folder of its method alone
-    turned to that beside another, and back.
+    """Convert a tensor name between its form in a folder of one method and of several methods.
 
-    A name that is wrong where it stands stays wrong: it is turned as well.
+    The conversion is its own inverse, so a wrong name stays wrong.
 
     Args:
-        method: what the folder holds.
-        text: the name, or a message.
+        method: the method of the folder.
+        text: the name, or a message that contains it.
     """
     main, others = split(method) or (method, ())
     if main.peft.beside is None or not others:
@@ -71,11 +68,11 @@ def rename(method: Method, text: str) -> str:
 
 
 def write_options(main: Method, sites: Mapping[str, Method]) -> dict[str, Any]:
-    """Return the option of the methods beside a method, empty where there are none.
+    """Return the option that describes the additional methods; empty if there are none.
 
     Args:
-        main: the method.
-        sites: those beside it by the Hugging Face name of their sites.
+        main: the main method.
+        sites: the additional method of each site, by the site's Hugging Face name.
     """
     return (
         {main.peft.beside.option: main.peft.beside.write(sites)}
@@ -87,13 +84,12 @@ def write_options(main: Method, sites: Mapping[str, Method]) -> dict[str, Any]:
 def read_options(
     kind: type[Method], config: Mapping[str, Any], tied: bool
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return `(options, problems)`: the options of each method that an `adapter_config.json` holds
-    beside its own.
+    """Return `(options, problems)` of the additional methods in an `adapter_config.json`.
 
     Args:
-        kind: the file's own method.
+        kind: the file's main method.
         config: its content.
-        tied: whether the language-model head is the embedding.
+        tied: whether the language-model head is tied to the embedding.
     """
-    given = config.get(kind.peft.beside.option) if kind.peft.beside else None
-    return kind.peft.beside.read(given, tied) if kind.peft.beside and given else ([], [])
+    option = config.get(kind.peft.beside.option) if kind.peft.beside else None
+    return kind.peft.beside.read(option, tied) if kind.peft.beside and option else ([], [])

@@ -1,4 +1,4 @@
-"""The model card of an adapter folder: what it is, what its outputs are, and how it is loaded."""
+"""The model card of an adapter folder: its method, its outputs, and how to load it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxpeft.hub.adapters.settings import Settings
 
 
 def known_elsewhere(method: Method, layout: FolderLayout) -> bool:
-    """Return whether the library of the layout has the method, so that it can load the folder."""
+    """Return whether the layout's library has the method, and so can load the folder."""
     return method.peft.type is not None or layout.name != "peft"
 
 
@@ -22,10 +22,10 @@ def text(
     """Return the model card.
 
     Args:
-        method: what was trained.
-        layout: of the folder.
-        config: the content of `adapter_config.json`.
-        settings: of the run.
+        method: the method that was trained.
+        layout: layout of the folder.
+        config: content of `adapter_config.json`.
+        settings: settings of the run.
     """
     base = config["base_model_name_or_path"]
     elsewhere = known_elsewhere(method, layout)
@@ -41,10 +41,10 @@ def text(
             f" {layout.library}.\n{layout.usage}{_outputs(settings)}"
         )
     return (
-        f"{head}{what.replace(' adapter for ', ' weights for ')}{files} hold all that was trained"
-        f" of the base's own weights and of its head. {layout.library} has no method"
-        f" {method.name!r}: jaxpeft loads them (`jaxpeft.load_adapter`), or writes a whole model of"
-        f" them (`python -m jaxpeft.export --to merged`).\n{_outputs(settings)}"
+        f"{head}{what.replace(' adapter for ', ' weights for ')}{files} contain all trained weights"
+        f" of the base and its head. {layout.library} has no method {method.name!r}: load them with"
+        " `jaxpeft.load_adapter`, or export a full model with `python -m jaxpeft.export --to"
+        f" merged`.\n{_outputs(settings)}"
     )
 
 

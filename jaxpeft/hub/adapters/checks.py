@@ -1,6 +1,4 @@
-"""What does not fit between a tree, the method that it is said to be of, and the tensors of an
-adapter file.
-"""
+"""Checks of a rewritten tree, its method, and the tensors of an adapter file against each other."""
 
 from __future__ import annotations
 
@@ -20,11 +18,10 @@ from jaxpeft.hub.adapters.tensors import Array, adapted_names, find_adapted, who
 
 
 def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
-    """List where a rewritten tree is not as the method would have made it: a file of it would be
-    another adapter.
+    """List where a rewritten tree differs from what the method makes, so that it cannot be saved.
 
     Args:
-        method: what the tree is to be saved as.
+        method: the method to save the tree as.
         params: the rewritten tree.
     """
     problems = [problem for part in method.parts() for problem in _root_mismatches(part, params)]
@@ -41,14 +38,14 @@ def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
         )
         for site in targets.find_sites(params, targets.KINDS):
             leaves = paths.get(params, site.path)
-            there = {key: leaves[key] for key in part.leaves.site if key in leaves}
+            present = {key: leaves[key] for key in part.leaves.site if key in leaves}
             on = chosen.get(site, (False,) * len(site.names))
             for i, (name, wanted) in enumerate(zip(site.names, on, strict=True)):
                 if name in elsewhere:
                     continue
-                if there:
+                if present:
                     problems += _site_mismatches(
-                        part, site.one(i), fixed.get(name), layer_of(site, there, i)
+                        part, site.one(i), fixed.get(name), layer_of(site, present, i)
                     )
                 elif wanted:
                     problems.append(f"{name}: is not adapted in the tree")
@@ -69,54 +66,51 @@ def _root_mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
         partial(method.init_root, params, sites), jax.eval_shape(lambda: jax.random.key(0))
     )
     wanted = {key: list(leaf.shape) for key, leaf in made.items()}
-    there = {key: list(params[key].shape) for key in method.leaves.root if key in params}
+    present = {key: list(params[key].shape) for key in method.leaves.root if key in params}
     return [
-        f"{key}: is {there.get(key, 'not')} in the tree, the method makes it"
-        f" {wanted.get(key, 'not')}"
+        f"{key}: is {present.get(key, 'missing')} in the tree, the method makes"
+        f" {wanted.get(key, 'none')}"
         for key in method.leaves.root
-        if there.get(key) != wanted.get(key)
+        if present.get(key) != wanted.get(key)
     ]
 
 
 def _derived_leaves(method: Method, sites: Sequence[Site]) -> dict[str, dict[str, Array]]:
-    """Return the leaves that follow from the options alone, by the name of the site and of the
-    leaf.
+    """Return the leaves that depend on the options alone, by the names of site and leaf.
 
-    All are computed in one program, from which XLA drops what they do not need, such as
-    decompositions of kernels.
+    They are computed in one program, in which XLA eliminates unused work such as decompositions of
+    kernels.
     """
 
-    def made(rng: jax.Array) -> dict[str, dict[str, jax.Array]]:
+    def derive(rng: jax.Array) -> dict[str, dict[str, jax.Array]]:
         fresh = {
             site.name: method.init(site, partial(jnp.ones, site.shape, jnp.float32), rng)
             for site in sites
         }
         return {
-            name: {key: leaf for key, leaf in leaves.items() if _follows(method, key, leaf)}
+            name: {key: leaf for key, leaf in leaves.items() if _is_derived(method, key, leaf)}
             for name, leaves in fresh.items()
         }
 
-    return jax.tree.map(np.asarray, jax.jit(made)(jax.random.key(0)))
+    return jax.tree.map(np.asarray, jax.jit(derive)(jax.random.key(0)))
 
 
-def _follows(method: Method, key: str, like: Any) -> bool:
+def _is_derived(method: Method, key: str, like: Any) -> bool:
     return key not in method.leaves.trained and (
-        (_read_whole(like) and key not in method.peft.tensors) or not like.shape
+        (_is_integer(like) and key not in method.peft.tensors) or not like.shape
     )
 
 
 def _site_mismatches(
     method: Method, site: Site, fixed: Mapping[str, Array] | None, leaves: Mapping[str, Any]
 ) -> list[str]:
-    """Compare the leaves of one layer of a site with those that the method makes; `fixed` is None
-    where it makes none.
-    """
+    """Compare a site's leaves of one layer with the method's; `fixed` is None if it has none."""
     if fixed is None:
         trained = [
             key for key in leaves if key in method.leaves.trained and np.asarray(leaves[key]).any()
         ]
         return (
-            [f"{site.name}: holds {trained[0]} in the tree, the method does not adapt it"]
+            [f"{site.name}: has {trained[0]} in the tree, but the method does not adapt it"]
             if trained
             else []
         )
@@ -126,7 +120,7 @@ def _site_mismatches(
     )
     if fresh.keys() != leaves.keys() - {method.leaves.names[-1]}:
         odd = ", ".join(sorted(fresh.keys() ^ leaves.keys()))
-        return [f"{site.name}: differs from what the method makes in the leaves {odd}"]
+        return [f"{site.name}: differs from the method's leaves in {odd}"]
     for key, like in fresh.items():
         leaf = np.asarray(leaves[key])
         inside = tuple(slice(0, n) for n in like.shape)
@@ -143,13 +137,13 @@ def _site_mismatches(
                 for a in range(leaf.ndim)
             ]
             return [
-                f"{site.name}: {key} is {used} in the tree, the method makes it {list(like.shape)}"
+                f"{site.name}: {key} is {used} in the tree, the method makes {list(like.shape)}"
             ]
         if key in fixed:
             other = ~np.isclose(leaf[inside], fixed[key], rtol=1e-5)
             if other.any():
                 is_, makes = leaf[inside][other][0], fixed[key][other][0]
-                return [f"{site.name}: {key} is {is_:g} in the tree, the method makes it {makes:g}"]
+                return [f"{site.name}: {key} is {is_:g} in the tree, the method makes {makes:g}"]
     return []
 
 
@@ -166,10 +160,9 @@ def _expected_leaves(method: Method, params: Mapping[str, Any]) -> dict[str, jax
 
 
 def differences(method: Method, params: Mapping[str, Any], tensors: Mapping[str, Any]) -> list[str]:
-    """List every tensor that is missing, extra, misshaped or not of numbers in an adapter file for
-    a rewritten tree.
+    """List every tensor of an adapter file that is missing, extra, misshaped or not numeric.
 
-    Where whole numbers are wanted floating ones will do, as PEFT writes them on Windows.
+    Floating-point tensors are accepted in place of integers, since PEFT writes them on Windows.
     """
     wanted = _expected_leaves(method, params)
     problems = [f"missing: {name}" for name in wanted if name not in tensors]
@@ -179,26 +172,24 @@ def differences(method: Method, params: Mapping[str, Any], tensors: Mapping[str,
         if (
             name in wanted
             and not floating
-            and not (_read_whole(tensor) and _read_whole(wanted[name]))
+            and not (_is_integer(tensor) and _is_integer(wanted[name]))
         ):
             problems.append(f"not floating: {name} is {tensor.dtype}")
     for name, like in wanted.items():
         if name in tensors and tuple(tensors[name].shape) != like.shape:
-            there = list(tensors[name].shape)
-            problems.append(f"misshaped: {name} is {there}, must be {list(like.shape)}")
+            shape = list(tensors[name].shape)
+            problems.append(f"misshaped: {name} is {shape}, must be {list(like.shape)}")
     return problems
 
 
-def _read_whole(tensor: Any) -> bool:
+def _is_integer(tensor: Any) -> bool:
     return bool(jnp.issubdtype(tensor.dtype, jnp.integer))
 
 
 def wrong_numbers(
     method: Method, params: Mapping[str, Any], tensors: Mapping[str, Array]
 ) -> list[str]:
-    """List the tensors of an adapter file whose numbers cannot be, as `differences` found them to
-    fit.
-    """
+    """List the tensors with invalid values; their names and shapes are already checked."""
     problems = [
         f"not finite: {name}" for name, tensor in tensors.items() if not np.isfinite(tensor).all()
     ]

@@ -1,8 +1,7 @@
-"""`jaxpeft.json`, beside an adapter: the settings of the run, and the SHA-256 of all that was
-saved, item by item.
+"""`jaxpeft.json` of an adapter: the settings of the run, and the SHA-256 of each saved item.
 
-A tensor that is not as it was saved is refused by its name. A field of a JSON file may have been
-edited on purpose: it is believed as it stands, and told.
+A tensor that has changed since it was saved is an error. A field of a JSON file may have been
+edited on purpose: it is accepted, with a warning.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from jaxpeft.hub.weights import digests
 from jaxpeft.json_files import read_json
 
 _SHOWN = 20
-"""How many fields a message names."""
+"""The maximum number of fields that a message lists."""
 _MOVED = frozenset(
     {
         "base_model_name_or_path",
@@ -31,8 +30,7 @@ _MOVED = frozenset(
         "runtime_config",
     }
 )
-"""Fields of `adapter_config.json` that change nothing of what is computed, or that `peft` fills in.
-"""
+"""Fields of `adapter_config.json` that do not affect the computation, or that `peft` fills in."""
 _log = logging.getLogger(__name__)
 
 
@@ -40,8 +38,8 @@ def extra_content(settings: Settings, files: Mapping[str, Mapping[str, Any]]) ->
     """Return the content of `jaxpeft.json`.
 
     Args:
-        settings: of the run.
-        files: the content of every other file, by its name: fields of a `.json`, arrays of a
+        settings: settings of the run.
+        files: content of every other file by its name: the fields of a `.json`, the arrays of a
             `.safetensors`.
     """
     content = {"jaxpeft_version": jaxpeft.__version__} | settings.as_dict()
@@ -57,12 +55,11 @@ def extra_content(settings: Settings, files: Mapping[str, Mapping[str, Any]]) ->
 
 
 def read_extra(folder: Path) -> dict[str, Any]:
-    """Read `jaxpeft.json`; empty where there is none, as beside an adapter that another library has
-    saved.
+    """Read `jaxpeft.json`; empty if it does not exist, as for an adapter of another library.
 
     Raises:
-        AdapterError: listing every field that is not what it must be.
-        WeightsError: it holds no JSON object.
+        AdapterError: Fields are invalid; it lists all of them.
+        WeightsError: The file is not a JSON object.
     """
     file = folder / EXTRA
     if not file.is_file():
@@ -70,29 +67,28 @@ def read_extra(folder: Path) -> dict[str, Any]:
     extra = read_json(file)
     parse_settings(extra, file)
     recorded = extra.get("sha256", {})
-    good = isinstance(recorded, dict) and all(Path(name).name == name for name in recorded)
-    if not good or not all(map(digests.is_record, recorded.values())):
+    valid = isinstance(recorded, dict) and all(Path(name).name == name for name in recorded)
+    if not valid or not all(map(digests.is_record, recorded.values())):
         raise AdapterError(
-            f"{file}: sha256: must hold the SHA-256 of every item by the name of its file;"
-            f" {_UNCHECKED}"
+            f"{file}: sha256: must map each file name to the SHA-256 of its items; {_UNCHECKED}"
         )
     return extra
 
 
-_UNCHECKED = "remove 'sha256' there, and the files are no longer checked"
+_UNCHECKED = "remove 'sha256' to skip this check"
 
 
 def warn_of_edits(folder: Path, extra: Mapping[str, Any]) -> None:
-    """Tell what is believed of an adapter though nothing vouches for it.
+    """Log which parts of an adapter were edited, or that its files cannot be checked.
 
     Args:
-        folder: of the adapter.
-        extra: its `jaxpeft.json`, as `read_extra` gives it.
+        folder: folder of the adapter.
+        extra: its `jaxpeft.json`, from `read_extra`.
     """
     recorded: Mapping[str, Any] = extra.get("sha256", {})
     if not recorded:
-        why = f"{EXTRA} holds no sha256" if extra else f"there is no {EXTRA}"
-        _log.info("%s: %s; that the files are as they were saved is not checked", folder, why)
+        why = f"{EXTRA} has no sha256" if extra else f"no {EXTRA}"
+        _log.info("%s: %s; the files are not checked for changes", folder, why)
     for name in sorted(recorded):
         if name.endswith(".json") and (folder / name).is_file():
             content = {
@@ -100,16 +96,15 @@ def warn_of_edits(folder: Path, extra: Mapping[str, Any]) -> None:
             }
             edited = _find_edits(recorded[name], content)
             if edited:
-                told = ", ".join(edited[:_SHOWN])
                 _log.warning(
-                    "%s: edited since it was saved, and accepted as it stands: %s",
+                    "%s: edited since it was saved; the edited values are used: %s",
                     folder / name,
-                    told,
+                    ", ".join(edited[:_SHOWN]),
                 )
 
 
 def _find_edits(recorded: Mapping[str, str], content: Mapping[str, Any]) -> list[str]:
-    """List fields that were saved with another value; those that are new since were not ours."""
+    """List the fields whose value differs from the saved one; new fields are not ours."""
     found = digests.fields_sha256(content)
     return [
         name
@@ -119,20 +114,20 @@ def _find_edits(recorded: Mapping[str, str], content: Mapping[str, Any]) -> list
 
 
 def require_undamaged(folder: Path, extra: Mapping[str, Any]) -> None:
-    """Refuse tensors that are not as they were saved.
+    """Raise an error if tensors have changed since they were saved.
 
     Args:
-        folder: of the adapter.
-        extra: its `jaxpeft.json`, as `read_extra` gives it.
+        folder: folder of the adapter.
+        extra: its `jaxpeft.json`, from `read_extra`.
 
     Raises:
-        AdapterError: naming the tensors; another remedy is told where another library has saved the
-            folder since.
+        AdapterError: Tensors have changed; it names them. The suggested fix depends on whether
+            another library has saved the folder since.
     """
     recorded: Mapping[str, Any] = extra.get("sha256", {})
     for name in sorted(file for file in recorded if file.endswith(".safetensors")):
         if not (folder / name).is_file():
-            continue  # which files there must be, the layout says
+            continue  # the layout checks which files must exist
         wrong = digests.find_differing(recorded[name], digests.file_tensors_sha256(folder / name))
         if wrong:
             raise AdapterError(_damage(folder, name, wrong, recorded))
@@ -141,13 +136,14 @@ def require_undamaged(folder: Path, extra: Mapping[str, Any]) -> None:
 def _damage(folder: Path, name: str, wrong: list[str], recorded: Mapping[str, Any]) -> list[str]:
     new = sorted(read_json(folder / CONFIG).keys() - recorded.get(CONFIG, {}).keys())
     if CONFIG in recorded and new:
-        told = (
-            f"{folder}: was saved again, by another library, since {EXTRA} was written:"
-            f" {len(wrong)} tensors of {name} have another SHA-256, and {CONFIG} has new fields"
-            f" ({', '.join(new[:3])}); if that was meant, remove 'sha256' from {folder / EXTRA}; if"
-            " not, copy the adapter again"
-        )
-        return [told]
+        return [
+            (
+                f"{folder}: another library saved this folder after {EXTRA} was written: the"
+                f" SHA-256 of {len(wrong)} tensors of {name} differs, and {CONFIG} has new fields"
+                f" ({', '.join(new[:3])}); if that was intended, remove 'sha256' from"
+                f" {folder / EXTRA}; otherwise copy the adapter again"
+            )
+        ]
     fix = (
         "copy the adapter again; if it was changed on purpose, remove 'sha256' from"
         f" {folder / EXTRA}"

@@ -1,8 +1,8 @@
-"""How adapter folders are laid out: which files there are, and what stands in them.
+"""The layout of adapter folders: their files and the content of each.
 
-Inside jaxpeft an adapter is a config and named tensors, as Hugging Face PEFT has them, with the
-names of the options and tensors that its method gives. A layout turns that to the files of a
-library, and back. A method names its layout.
+In memory, an adapter is a config and named tensors in the style of Hugging Face PEFT, with the
+option and tensor names of its method. A layout converts that to the files of a library and back.
+Each method names its layout.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ CONFIG, EXTRA = "adapter_config.json", "jaxpeft.json"
 
 @dataclass(frozen=True)
 class Content:
-    """What an adapter folder is to hold.
+    """The content of an adapter folder.
 
     Attributes:
-        config: as PEFT has it.
-        tensors: float32, by name.
-        sites: the Hugging Face names of the adapted sites.
-        model: what it is for.
-        labels: names of a classifier's labels, in order.
+        config: the config in PEFT's format.
+        tensors: float32 tensors by name.
+        sites: Hugging Face names of the adapted sites.
+        model: the model that it adapts.
+        labels: label names of a classifier, in order.
     """
 
     config: Mapping[str, Any]
@@ -39,15 +39,15 @@ class Content:
 
 
 class FolderLayout:
-    """The layout of Hugging Face PEFT, and what others change of it.
+    """The layout of Hugging Face PEFT, and the base class of other layouts.
 
     Class attributes:
-        library: whose it is.
-        name: what its library is called in a model card.
-        weights: the file that an adapter folder holds.
-        pickle: the pickle that the library may write in its place.
-        fix: how the library writes no pickle.
-        usage: what a model card says of how the library loads it.
+        library: full name of the library.
+        name: name of the library in a model card.
+        weights: name of the weights file.
+        pickle: name of the pickle that the library may write instead.
+        fix: how to save safetensors instead of a pickle.
+        usage: how to load the folder in the library, for the model card.
     """
 
     library: str = "Hugging Face PEFT"
@@ -58,14 +58,14 @@ class FolderLayout:
     usage: str = ""
 
     def files(self, content: Content) -> dict[str, Mapping[str, Any]]:
-        """Return the content of each file by its name: of a `.json` values, of a `.safetensors`
-        tensors.
+        """Return the content of each file by its name: values of a `.json`, tensors of a
+        `.safetensors`.
 
         Args:
-            content: what is to be saved.
+            content: the content to save.
 
         Raises:
-            AdapterError: the files have no place for a part of it.
+            AdapterError: Part of it cannot be stored in these files.
         """
         return {CONFIG: content.config, self.weights: content.tensors}
 
@@ -75,17 +75,17 @@ class FolderLayout:
         """Read a folder.
 
         Args:
-            folder: holds `weights`.
-            model: what the adapter is loaded for.
+            folder: folder that contains `weights`.
+            model: the model to adapt.
             params: its parameters.
 
         Returns:
-            `(config, tensors)`, as PEFT has them; a tensor has `shape`, `dtype` and `nbytes`, and
-            is read by `read()`.
+            `(config, tensors)` in PEFT's format; a tensor has `shape`, `dtype` and `nbytes`, and
+            `read()` reads it.
 
         Raises:
-            AdapterError: listing what cannot be read.
-            WeightsError: a file is missing or broken.
+            AdapterError: Parts cannot be read; it lists all of them.
+            WeightsError: A file is missing or broken.
         """
         del model, params
         return read_json(folder / CONFIG), dict(read_header(folder / self.weights))

@@ -1,5 +1,5 @@
-"""Adapter folders in the file format of Hugging Face PEFT, or of a method's own library:
-`save_adapter`, `load_adapter`.
+"""Saving and loading adapter folders, in the file format of Hugging Face PEFT or of another
+library: `save_adapter`, `load_adapter`.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from jaxpeft.transforms.rewrite import require_plain, rewrite
 
 CARD, PARTS = "README.md", "jaxpeft_parts.json"
 LAYOUTS: Mapping[str, FolderLayout] = {"peft": FolderLayout(), "adapters": AdapterHub()}
-"""Every layout of adapter folders, by the name that methods give."""
+"""The layouts of adapter folders by name."""
 _SHOWN = 20
-"""Of how many tensors that are not as they must be a message tells."""
+"""The maximum number of invalid tensors that a message lists."""
 _log = logging.getLogger(__name__)
 
 
@@ -57,43 +57,40 @@ def save_adapter(
     settings: Settings | None = None,
     tokenizer: Any = None,
 ) -> None:
-    """Save what a method trained as a Hugging Face PEFT adapter folder: the adapter and the head,
-    never the base.
+    """Save a trained adapter and head as a Hugging Face PEFT adapter folder, without the base.
 
-    Writes `adapter_config.json` and `adapter_model.safetensors`, which `peft` loads, and
-    `jaxpeft.json` with what the run decided (`read_settings`), the identity of the base, and the
-    SHA-256 of every tensor. Bottleneck adapters are saved as the `adapters` library has them:
+    Writes `adapter_config.json` and `adapter_model.safetensors`, which `peft` can load, and
+    `jaxpeft.json` with the settings of the run (`read_settings`), the identity of the base, and the
+    SHA-256 of every tensor. Bottleneck adapters are saved in the format of the `adapters` library:
     `adapter_config.json` and `adapter.safetensors`, and `head_config.json` and
-    `model_head.safetensors`. Each file appears whole or not at all, the weights last.
+    `model_head.safetensors`. Each file is written atomically, the weights last.
 
     Args:
-        path: the folder; made if need be.
+        path: the folder; created if necessary.
         method: the method that rewrote `params`.
         params: the rewritten tree.
-        model: what `load` gave.
-        labels: names of a classifier's labels, in order.
-        settings: what else the run decided, such as the problem type; what the model says itself is
-            filled in.
-        tokenizer: of `transformers`, whose files are saved beside the adapter, with the chat
-            template that it has.
+        model: the model from `load`.
+        labels: label names of a classifier, in order.
+        settings: further settings of the run, such as the problem type; those that follow from the
+            model are filled in.
+        tokenizer: a `transformers` tokenizer to save in the same folder, with its chat template.
 
     Raises:
-        AdapterError: a leaf that is to be saved is not finite, or has no place in the files; or the
-            labels are not those of the head.
+        AdapterError: A leaf is not finite, or cannot be stored in the files; or the labels do not
+            match the head.
     """
     folder = FilePath(path)
     if folder.exists() and not folder.is_dir():
-        raise AdapterError(f"{folder}: is a file; give a folder to save the adapter to")
-    _check_whole(method, params, model)
+        raise AdapterError(f"{folder}: is a file; choose a folder to save the adapter to")
+    _check_tree(method, params, model)
     decided = _complete(settings or Settings(), model, labels)
     save = _save_one if beside.split(method) else _save_parts
     save(folder, method, params, model, decided)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if save is _save_one:
-        (folder / PARTS).unlink(
-            missing_ok=True
-        )  # of an earlier adapter, which would be loaded in this one's place
+        # left by an earlier adapter, which would be loaded instead of this one
+        (folder / PARTS).unlink(missing_ok=True)
 
 
 def _save_one(
@@ -103,9 +100,7 @@ def _save_one(
     model: Pretrained,
     settings: Settings,
 ) -> None:
-    """Save one method's adapter, and those that its files hold beside it, of a tree that may hold
-    others'.
-    """
+    """Save the adapter of one method, and of the additional ones that its files can store."""
     folder.mkdir(parents=True, exist_ok=True)
     main, others = beside.split(method) or (method, ())
     tensors = adapter_tensors.to_tensors(method, params)
@@ -116,11 +111,11 @@ def _save_one(
     broken = [name for name, tensor in tensors.items() if not np.isfinite(tensor).all()]
     if broken:
         raise AdapterError(
-            [f"{folder}: {name} holds NaN or infinity; not saved" for name in broken]
+            [f"{folder}: {name} contains NaN or infinity; not saved" for name in broken]
         )
-    whole = adapter_tensors.saved_modules(method, params)
+    saved = adapter_tensors.saved_modules(method, params)
     name, revision = _base_name(model)
-    config = peft_config.write(main, model.options.task, name, revision, whole)
+    config = peft_config.write(main, model.options.task, name, revision, saved)
     sites = sorted(_site_names(main, params))
     config |= _explicit_targets(config, sites) | main.peft.base_sizes(main, params, model.config)
     tensors = {beside.rename(method, name): tensor for name, tensor in tensors.items()}
@@ -158,8 +153,8 @@ def _site_names(method: Method, params: Mapping[str, Any]) -> set[str]:
 
 
 def _base_name(model: Pretrained) -> tuple[str, str | None]:
-    """Return name and revision of the base for other libraries, which know of a package the folder
-    that it holds alone.
+    """Return the base's name and revision for other libraries; a packaged model's name is its
+    folder.
     """
     source = model.source
     if source is None:
@@ -172,14 +167,12 @@ def _base_name(model: Pretrained) -> tuple[str, str | None]:
 
 
 def _require_alone(folder: FilePath, layout: FolderLayout) -> None:
-    """Refuse a folder that holds an adapter in another layout: which of the two is meant, nobody
-    could tell.
-    """
+    """Raise an error if a folder already contains an adapter in another layout."""
     for other in LAYOUTS.values():
         if other is not layout and (folder / other.weights).is_file():
             raise AdapterError(
-                f"{folder}: holds {other.weights}, an adapter of {other.library}; give a folder of"
-                " its own"
+                f"{folder}: contains {other.weights}, an adapter of {other.library}; choose another"
+                " folder"
             )
 
 
@@ -190,9 +183,7 @@ def _save_parts(
     model: Pretrained,
     settings: Settings,
 ) -> None:
-    """Save a method made of methods as one adapter folder a part, each of which `peft` loads, and
-    the list of them.
-    """
+    """Save a mixed method as one folder per part, each loadable by `peft`, and their list."""
     names: list[str] = []
     for part in method.parts():
         name = part.name if part.name not in names else f"{part.name}_{len(names)}"
@@ -208,11 +199,10 @@ def _save_parts(
 def _load_parts(
     folder: FilePath, model: Pretrained, params: Mapping[str, Any], allow_base: bool
 ) -> tuple[Method, Tree]:
-    """Load what `_save_parts` saved: the adapter leaves of each part, and the leaves of the base
-    that it trained.
+    """Load the adapter leaves of each part, and the base's leaves that it trained.
 
-    The parts are what their files say, which may be another method than was trained: a plain LoRA
-    for one with a start.
+    The method of a part is read from its files, so it may differ from the trained one: a method
+    that is LoRA with a special initialization is loaded as plain LoRA.
     """
     content = _read_parts(folder / PARTS)
     leaves = dict(paths.walk(params))
@@ -228,10 +218,10 @@ def _load_parts(
 
 
 def parts_of(folder: FilePath) -> tuple[FilePath, ...]:
-    """List the folders of the methods that an adapter is made of: itself, if it is of one.
+    """List the folders of an adapter's parts; the folder itself if it has a single method.
 
     Raises:
-        AdapterError: the list of them cannot be used.
+        AdapterError: The list of parts is invalid.
     """
     names = _read_parts(folder / PARTS)["parts"] if (folder / PARTS).is_file() else [""]
     return tuple(folder / str(name) for name in names)
@@ -241,7 +231,7 @@ def _read_parts(file: FilePath) -> dict[str, Any]:
     """Read the list of a mixed adapter's parts.
 
     Raises:
-        AdapterError: it names no folders inside its own, or not one for each method.
+        AdapterError: It does not name a subfolder for each method.
     """
     try:
         content = read_json(file)
@@ -258,31 +248,29 @@ def _read_parts(file: FilePath) -> dict[str, Any]:
     )
     if not fits or not all(isinstance(name, str) and FilePath(name).name == name for name in names):
         raise AdapterError(
-            f"{file}: must name a folder for each method in 'parts', and the methods; save the"
+            f"{file}: must have 'parts' with a folder for each method, and 'method'; save the"
             " adapter again"
         )
     return content
 
 
-def _check_whole(method: Method, params: Mapping[str, Any], model: Pretrained) -> None:
-    """Refuse a tree that is not what the method made of the model."""
-    there = {p for p, _ in paths.walk(params)}
-    there |= {
-        (*p[:-1], "kernel") for p in there if p[-1] in kernels.FORMS
-    }  # whatever form holds it
-    missing = [p for p, _ in paths.walk(abstract_params(model)) if p not in there]
+def _check_tree(method: Method, params: Mapping[str, Any], model: Pretrained) -> None:
+    """Raise an error if a tree is not the result of the method's rewrite of the model."""
+    present = {p for p, _ in paths.walk(params)}
+    present |= {(*p[:-1], "kernel") for p in present if p[-1] in kernels.FORMS}
+    missing = [p for p, _ in paths.walk(abstract_params(model)) if p not in present]
     if missing:
         show = ", ".join(paths.text(p) for p in missing[:3])
         raise AdapterError(
-            f"params: {len(missing)} leaves of the model are missing, such as {show}; give the"
-            " whole tree"
+            f"params: {len(missing)} leaves of the model are missing, such as {show}; pass the"
+            " complete tree"
         )
     problems = checks.mismatches(method, params)
     if problems:
         more = [f"... and {len(problems) - 5} more"] if len(problems) > 5 else []
         raise AdapterError(
             [
-                "params are not what this method makes; save with the method that rewrote them",
+                "params do not match this method; save with the method that rewrote them",
                 *problems[:5],
                 *more,
             ]
@@ -290,10 +278,10 @@ def _check_whole(method: Method, params: Mapping[str, Any], model: Pretrained) -
 
 
 def _explicit_targets(config: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
-    """Return full names of sites where PEFT would read the target options otherwise.
+    """Return full site names if PEFT would interpret the target options differently.
 
-    `all-linear` would mean other modules in another model, and the numbers of layers that no dot
-    stands before (`layers.0` of a backbone alone) PEFT does not see.
+    `all-linear` may select other modules in another model, and PEFT does not find layer numbers in
+    names such as `layers.0`, with no dot in front (a backbone alone).
     """
     wanted = config.get("target_modules")
     unseen = config.get("layers_to_transform") is not None and any(
@@ -309,9 +297,9 @@ def _explicit_targets(config: Mapping[str, Any], names: list[str]) -> dict[str, 
 
 
 def _complete(settings: Settings, model: Pretrained, labels: tuple[str, ...]) -> Settings:
-    """Return the settings with what the model says, checked as those of a file are."""
+    """Return the settings completed from the model, with the same checks as for a file."""
     options = model.options
-    made = dataclasses.replace(
+    completed = dataclasses.replace(
         settings,
         task=options.task,
         num_labels=options.num_labels,
@@ -322,19 +310,17 @@ def _complete(settings: Settings, model: Pretrained, labels: tuple[str, ...]) ->
         base_sha256=fingerprint(model.source) if model.source else None,
         base_config=architecture(model.source) if model.source else None,
     )
-    return parse_settings(json.loads(json.dumps(made.as_dict())), FilePath("save_adapter"))
+    return parse_settings(json.loads(json.dumps(completed.as_dict())), FilePath("save_adapter"))
 
 
 def _pooling_note(layout: FolderLayout, model: Pretrained) -> str:
-    """Return where a classifier reads what `transformers` does not, so that its logits in the
-    library are others.
-    """
+    """Return a note for the card if `transformers` pools differently, so that its logits differ."""
     how, own = model.options.pooling, model.config.own_pooling
     if model.options.task != "sequence_classification" or how == own:
         return ""
     note = (
-        f"the classifier reads pooling={how!r}; transformers reads {own!r}, so in {layout.name} its"
-        " logits are others"
+        f"the classifier uses pooling={how!r}, but transformers uses {own!r}, so its logits in"
+        f" {layout.name} differ"
     )
     _log.warning("%s; load the adapter with jaxpeft.load(..., pooling=%r)", note, how)
     return (
@@ -344,17 +330,16 @@ def _pooling_note(layout: FolderLayout, model: Pretrained) -> str:
 
 
 def read_settings(path: str | FilePath) -> Settings:
-    """Read what a run decided that goes with its adapter: the names of the labels, the problem
-    type, the pooling, and so on.
+    """Read the settings saved with an adapter: label names, problem type, pooling, and so on.
 
     Args:
         path: the folder of an adapter.
 
     Returns:
-        The settings; of an adapter that another library has saved, empty ones.
+        The settings; empty for an adapter saved by another library.
 
     Raises:
-        AdapterError: there is no such folder, or its `jaxpeft.json` cannot be used.
+        AdapterError: The folder does not exist, or its `jaxpeft.json` is invalid.
     """
     folder = FilePath(path)
     if not folder.is_dir():
@@ -369,23 +354,22 @@ def read_settings(path: str | FilePath) -> Settings:
 def load_adapter(
     path: str | FilePath, model: Pretrained, params: Mapping[str, Any], *, allow_base: bool = False
 ) -> tuple[Method, Tree]:
-    """Load an adapter folder, written by jaxpeft or by Hugging Face PEFT, onto a base.
+    """Load an adapter folder, written by jaxpeft or by Hugging Face PEFT, into a base.
 
     Args:
         path: the folder.
-        model: what `load` gave.
+        model: the model from `load`.
         params: the base's parameters, not rewritten.
-        allow_base: whether the base may be another one than the adapter was trained on.
+        allow_base: whether to accept a different base than the adapter was trained on.
 
     Returns:
-        `(method, params)`: the method as the folder's config says, and the rewritten tree with the
-        folder's numbers.
+        `(method, params)`: the method from the folder's config, and the rewritten tree with the
+        folder's values.
 
     Raises:
-        ConfigError: the tree is rewritten already.
-        AdapterError: files are missing or are pickles; the config asks for what is not supported;
-            the base or the task is another one; or a tensor is missing, extra, misshaped or not
-            finite. Nothing is loaded half.
+        ConfigError: The tree is already rewritten.
+        AdapterError: Files are missing or are pickles; the config has unsupported settings; the
+            base or the task differs; or a tensor is missing, extra, misshaped or not finite.
     """
     folder = FilePath(path)
     if not folder.is_dir():
@@ -412,7 +396,7 @@ def load_adapter(
     require_plain(method, params)
     like = paths.map_with_path(lambda _, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
     try:
-        # an option may ask for more than the memory holds: the file's shapes are compared first
+        # an option may require more than the available memory: compare the file's shapes first
         problems = adapter_tensors.find_outgrown(method, header, params)
         if not problems:
             made = jax.eval_shape(
@@ -430,9 +414,8 @@ def load_adapter(
         if not problems:
             adapter_extra.require_undamaged(folder, extra)
             loaded = adapter_tensors.put_tensors(method, rewritten, tensors)
-            if any(
-                ".base_layer." in name for name in header
-            ):  # what a method takes from the base, it takes from the file's
+            if any(".base_layer." in name for name in header):
+                # leaves that the method derives from the base are derived from the file's weights
                 base = paths.map_with_path(lambda path, _: paths.get(loaded, path), params)
                 loaded = adapter_tensors.put_tensors(
                     method, rewrite(method, base, jax.random.key(0)), tensors
@@ -450,7 +433,7 @@ def layout_of(folder: FilePath) -> FolderLayout:
     """Return the layout of a folder.
 
     Raises:
-        AdapterError: its weights are missing, or are a pickle.
+        AdapterError: Its weights are missing, or are a pickle.
     """
     for layout in LAYOUTS.values():
         if (folder / layout.weights).is_file():
@@ -466,12 +449,12 @@ def layout_of(folder: FilePath) -> FolderLayout:
     ]
     if pickles:
         why = (
-            f"holds {next((n for n in pickles if n == layout.pickle), pickles[0])}, a pickle, which"
-            f" is never read; {layout.fix}"
+            f"contains {next((n for n in pickles if n == layout.pickle), pickles[0])}, a pickle,"
+            f" which is never read; {layout.fix}"
         )
     else:
         why = (
-            f"holds adapters in {' and '.join(inside)}; name one of them"
+            f"contains adapters in {' and '.join(inside)}; name one of them"
             if inside
             else "is incomplete"
         )
@@ -481,9 +464,7 @@ def layout_of(folder: FilePath) -> FolderLayout:
 def _drop_pooler(
     config: dict[str, Any], header: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Leave out what PEFT trains in the pooler of an encoder: hidden states do not depend on it, so
-    it is not built.
-    """
+    """Remove the pooler of an encoder: hidden states do not depend on it, so it is not built."""
     targets = config.get("target_modules")
     if isinstance(targets, list):
         config = config | {
@@ -499,16 +480,16 @@ def _one_name(
     params: Mapping[str, Any],
     file: FilePath,
 ) -> dict[str, Tensor]:
-    """Return the tensors of a file, those of a tied head under the embedding's name."""
+    """Return the tensors of a file, with those of a tied head under the embedding's name."""
     kind = peft_config.method_of(config)
     tie, leaf = tie_of(kind.peft.module_prefix, model, params) if kind is not None else (None, None)
     if tie is None:
         return dict(header)
     names = {tie.embedding.split(".")[-2], "lm_head"}
-    given: Any = config.get("modules_to_save")
+    modules: Any = config.get("modules_to_save")
     saved = (
-        tuple(str(one) for one in given if str(one).rpartition(".")[2] in names)
-        if isinstance(given, list)
+        tuple(str(name) for name in modules if str(name).rpartition(".")[2] in names)
+        if isinstance(modules, list)
         else ()
     )
     return tie.one(header, file, saved, np.asarray(leaf))
@@ -521,37 +502,38 @@ def _size(header: Mapping[str, Any]) -> int:
 def check_base(
     folder: FilePath, config: Mapping[str, Any], model: Pretrained, *, allow_base: bool = False
 ) -> None:
-    """Refuse a base or a task that the adapter is not for; no weight is read, but for the base's
-    SHA-256.
+    """Raise an error if the base or the task differs from the adapter's.
+
+    Weights are read only to compute the base's SHA-256.
 
     Args:
-        folder: of the adapter.
-        config: the content of its `adapter_config.json`.
-        model: what it is to be loaded for.
-        allow_base: whether the base may be another one; what differs is then told in a warning.
+        folder: folder of the adapter.
+        config: content of its `adapter_config.json`.
+        model: the model to adapt.
+        allow_base: whether to accept a different base, with a warning.
 
     Raises:
-        AdapterError: listing what differs.
+        AdapterError: There are differences; it lists all of them.
     """
     task = config.get("task_type")
     wanted = peft_config.TASK_TYPES[model.options.task]
     problems: list[str] = []
     if task is not None and task != wanted:
         problems.append(
-            f"{folder / CONFIG}: task_type is {shorten(str(task))}, the model is loaded for"
+            f"{folder / CONFIG}: task_type is {shorten(str(task))}, but the model is loaded for"
             f" {wanted}"
         )
     extra = adapter_extra.read_extra(folder)
     if extra.get("pooling", model.options.pooling) != model.options.pooling:
         problems.append(
-            f"{folder / EXTRA}: pooling is {extra['pooling']!r}, the model has"
+            f"{folder / EXTRA}: pooling is {extra['pooling']!r}, but the model has"
             f" {model.options.pooling!r}"
         )
     tokens = extra.get("vocab_size", model.config.vocab_size)
     if tokens != model.config.vocab_size:
         problems.append(
-            f"{folder / EXTRA}: vocab_size is {tokens}, the model has {model.config.vocab_size}"
-            f" tokens; load it with vocab_size={tokens}"
+            f"{folder / EXTRA}: vocab_size is {tokens}, but the model has"
+            f" {model.config.vocab_size} tokens; load it with vocab_size={tokens}"
         )
     if extra.get("base_sha256") and model.source:
         other = differences(
@@ -559,7 +541,7 @@ def check_base(
         )
         why = (
             f"{folder / EXTRA}: the adapter was trained on another base"
-            f" ({show(config.get('base_model_name_or_path'))}) than {model.source.name}: "
+            f" ({show(config.get('base_model_name_or_path'))}), not {model.source.name}: "
         )
         if other and allow_base:
             _log.warning("%s%s", why, "; ".join(other))

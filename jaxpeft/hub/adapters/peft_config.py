@@ -1,4 +1,4 @@
-"""`adapter_config.json` of Hugging Face PEFT: written from a method, and read back strictly."""
+"""Writing a method as Hugging Face PEFT's `adapter_config.json`, and strictly parsing it."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ COMMON = frozenset(
 def write(
     method: Method, task: str, base: str, revision: str | None, names: list[str]
 ) -> dict[str, Any]:
-    """Make the content of `adapter_config.json`.
+    """Return the content of `adapter_config.json`.
 
     Args:
-        method: what was trained.
-        task: of the model.
+        method: the method that was trained.
+        task: task of the model.
         base: name of the base model.
         revision: its hub commit.
-        names: Hugging Face names of the modules that are saved whole, for `modules_to_save`.
+        names: Hugging Face names of the fully saved modules, for `modules_to_save`.
     """
     values = {
         key: list(value) if isinstance(value, tuple) else value
@@ -63,16 +63,15 @@ def write(
 
 
 def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Method:
-    """Make the method that `adapter_config.json` describes.
+    """Return the method that an `adapter_config.json` describes.
 
     Args:
         config: its content.
         where: the file's path, for messages.
-        head: the top level of the model's tree, to tell which of `modules_to_save` are its head.
+        head: top level of the model's tree, which shows which of `modules_to_save` are its head.
 
     Raises:
-        AdapterError: another kind of adapter, or a setting that is not supported; every problem is
-            named.
+        AdapterError: The kind of adapter or a setting is not supported; it lists every problem.
     """
     saved = config.get("modules_to_save")
     if saved is not None and not (
@@ -109,9 +108,7 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
 
 
 def method_of(config: Mapping[str, Any]) -> type[Method] | None:
-    """Return the method that an `adapter_config.json` is of: the first whose files look like
-    that.
-    """
+    """Return the first method that reads an `adapter_config.json`, or None."""
     return next((method for method in METHODS.values() if method.peft.reads(method, config)), None)
 
 
@@ -126,13 +123,13 @@ def _plain(value: Any) -> Any:
 
 
 def _modules_to_save(config: Mapping[str, Any], head: Mapping[str, Any]) -> tuple[str, ...]:
-    """Drop the head's own names, which are always saved, and PEFT's stock names of heads that the
-    model has not.
+    """Return `modules_to_save` without heads: the model's head is always saved, and PEFT lists
+    standard head names that the model may not have.
     """
-    given = config.get("modules_to_save") or ()
-    named: list[str] = [given] if isinstance(given, str) else list(given)
+    modules = config.get("modules_to_save") or ()
+    names: list[str] = [modules] if isinstance(modules, str) else list(modules)
     return tuple(
         name
-        for name in named
+        for name in names
         if not paths.is_head((name,)) or (name in head and not paths.is_head((name,)))
     )

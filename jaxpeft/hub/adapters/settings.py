@@ -1,4 +1,4 @@
-"""What a run decided that whoever uses its adapter or model must know: `Settings`, kept in
+"""Settings of a run that are needed to use its adapter or model: `Settings`, saved in
 `jaxpeft.json`.
 """
 
@@ -17,29 +17,26 @@ from jaxpeft.errors import AdapterError, show
 from jaxpeft.quant.quantize import read_quant
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
-"""Those of a sequence classifier, by the names that `config.json` of `transformers` has for them.
-"""
+"""Problem types of a sequence classifier, named as in the `config.json` of `transformers`."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What was decided when an adapter was trained.
+    """The settings that an adapter was trained with.
 
     Attributes:
         task: `causal_lm`, `sequence_classification`, `token_classification` or `encoder`.
-        num_labels: outputs of a classifier.
-        labels: the names of a classifier's labels, in the order of its outputs; empty where they
-            have none.
-        problem_type: of a sequence classifier, one of `PROBLEM_TYPES`.
-        pooling: what a sequence classifier reads; None for the architecture's own.
-        separator: what stood between a prompt and its completion.
-        pad_token_id: of the token that rows were padded with.
-        eos_token_id: of the token that ended an answer, as the chat template writes it.
-        vocab_size: of the model, with the tokens that were added.
-        quant: how the base was quantized, as plain values.
-        base_sha256: of the weights of the base.
-        base_config: its architecture, as plain values; with the weights it is what makes it the
-            same base.
+        num_labels: number of outputs of a classifier.
+        labels: label names of a classifier in the order of its outputs; empty if unnamed.
+        problem_type: problem type of a sequence classifier, one of `PROBLEM_TYPES`.
+        pooling: the sequence classifier's input; None for the architecture's own.
+        separator: text between a prompt and its completion.
+        pad_token_id: id of the padding token.
+        eos_token_id: id of the token that ends an answer in the chat template.
+        vocab_size: number of tokens of the model, including added ones.
+        quant: quantization of the base, as plain values.
+        base_sha256: SHA-256 of the base's weights.
+        base_config: architecture of the base as plain values; with the weights, its identity.
     """
 
     task: str | None = None
@@ -57,21 +54,21 @@ class Settings:
 
     @property
     def load_options(self) -> dict[str, Any]:
-        """What `jaxpeft.load` is to be given for the base, beside its path."""
+        """The arguments with which `jaxpeft.load` loads the base."""
         names = ("task", "num_labels", "pooling", "vocab_size")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return given | ({"quant": read_quant(self.quant, "settings")} if self.quant else {})
+        options = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return options | ({"quant": read_quant(self.quant, "settings")} if self.quant else {})
 
     def predict(self, logits: Any) -> list[Any]:
-        """Return what a classifier's logits say, in the names of its labels.
+        """Return the predictions of a classifier's logits, by label name.
 
         Args:
             logits: `[rows, labels]`, or `[rows, tokens, labels]` of a token classifier.
 
         Returns:
-            For each row the likeliest label; of `multi_label_classification` a list of those that
-            are likelier than not; of a regression the number; of a token classifier a list with the
-            label of each token.
+            For each row, the most likely label; for `multi_label_classification`, the list of
+            labels with a probability above 0.5; for a regression, the number; for a token
+            classifier, the list of its tokens' labels.
         """
         values = np.asarray(logits, np.float32)
         if self.problem_type == "regression":
@@ -92,36 +89,36 @@ _FIELDS = {field.name for field in dataclasses.fields(Settings)}
 
 
 def parse_settings(extra: Mapping[str, Any], where: Path) -> Settings:
-    """Return the settings that a `jaxpeft.json` holds; what it does not say is None.
+    """Return the settings of a `jaxpeft.json`; missing fields are None.
 
     Args:
-        extra: its content, from anywhere.
+        extra: its content, which is not trusted.
         where: the file, for messages.
 
     Raises:
-        AdapterError: listing every field that is not what it must be.
-        ConfigError: the base was quantized in a way that this version does not know.
+        AdapterError: Fields are invalid; it lists all of them.
+        ConfigError: This version does not know the quantization of the base.
     """
-    given = {key: value for key, value in extra.items() if key in _FIELDS and value is not None}
+    fields = {key: value for key, value in extra.items() if key in _FIELDS and value is not None}
     wrong = [
-        (key, given[key], must)
+        (key, fields[key], must)
         for key, (good, must) in _MUST.items()
-        if key in given and not good(given[key])
+        if key in fields and not good(fields[key])
     ]
     if wrong:
-        fix = "fix it, or remove the file: the adapter is then loaded as one of another library"
+        fix = "fix it, or remove the file to load the adapter as another library's"
         raise AdapterError(
             [
                 f"{where}: {key}: must be {must}, is {show(value)}; {fix}"
                 for key, value, must in wrong
             ]
         )
-    if "quant" in given:
-        read_quant(given["quant"], where)
-    labels, count = given.pop("labels", ()), given.get("num_labels")
+    if "quant" in fields:
+        read_quant(fields["quant"], where)
+    labels, count = fields.pop("labels", ()), fields.get("num_labels")
     if labels and count != len(labels):
         raise AdapterError(f"{where}: labels: {len(labels)} names for num_labels {count}; fix it")
-    return Settings(**given, labels=tuple(labels))
+    return Settings(**fields, labels=tuple(labels))
 
 
 def _is_token(value: Any) -> bool:
@@ -146,17 +143,17 @@ def _is_text(value: Any) -> bool:
 
 _MUST: Mapping[str, tuple[Any, str]] = {
     "task": (lambda value: _is_text(value) and value in TASKS, f"one of {', '.join(TASKS)}"),
-    "num_labels": (_is_count, "a whole number above 0"),
-    "labels": (_is_names, "a list of names, each once"),
+    "num_labels": (_is_count, "a positive integer"),
+    "labels": (_is_names, "a list of unique names"),
     "problem_type": (
         lambda value: _is_text(value) and value in PROBLEM_TYPES,
         f"one of {', '.join(PROBLEM_TYPES)}",
     ),
     "pooling": (_is_text, "a name"),
     "separator": (_is_text, "text"),
-    "pad_token_id": (_is_token, "a token"),
-    "eos_token_id": (_is_token, "a token"),
-    "vocab_size": (_is_count, "a whole number above 0"),
+    "pad_token_id": (_is_token, "a token id"),
+    "eos_token_id": (_is_token, "a token id"),
+    "vocab_size": (_is_count, "a positive integer"),
     "base_sha256": (lambda value: _is_text(value) and len(value) == 64, "64 hexadecimal digits"),
     "base_config": (lambda value: isinstance(value, dict), "an object"),
 }

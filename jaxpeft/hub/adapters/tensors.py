@@ -1,5 +1,5 @@
-"""How the trained leaves of a tree are named and laid out in an adapter file: one list of entries,
-read and written alike.
+"""The names and layouts of the trained leaves in an adapter file: one list of entries for both
+reading and writing.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Whole:
-    """One tensor of an adapter file that is a leaf of the base, trained whole, or one layer of it.
+    """A tensor of an adapter file that is a fully trained leaf of the base, or one layer of it.
 
     Attributes:
-        name: the tensor's name in the file.
-        path: of the leaf.
-        layer: row of a stacked leaf, None where the leaf is not stacked.
+        name: name of the tensor in the file.
+        path: path of the leaf.
+        layer: layer of a stacked leaf; None if the leaf is not stacked.
     """
 
     name: str
@@ -59,13 +59,13 @@ class Whole:
 
 @dataclass(frozen=True)
 class Adapted:
-    """One layer of a site, whose tensors the method packs.
+    """One layer of an adapted site, whose tensors the method packs.
 
     Attributes:
-        method: that adapts it.
-        site: one layer of it; `()` as its path is the root of the tree.
-        index: which layer of a stacked site, None where it is not stacked.
-        fresh: its leaves as the method makes them, abstract: without the padding of a stack.
+        method: the method that adapts it.
+        site: one layer of the site; its path is `()` for the root of the tree.
+        index: index of the layer in a stacked site; None if the site is not stacked.
+        fresh: its abstract leaves from the method's `init`, without the padding of a stack.
     """
 
     method: Method
@@ -75,7 +75,7 @@ class Adapted:
 
     @property
     def prefix(self) -> str:
-        """What the names of its tensors begin with."""
+        """The prefix of its tensors' names."""
         return f"{self.method.peft.module_prefix}{self.site.name}." if self.site.path else ""
 
     def take(self, leaves: Mapping[str, Array]) -> dict[str, Array]:
@@ -91,17 +91,17 @@ class Adapted:
     def put(self, leaves: Mapping[str, Array], tensors: Mapping[str, Array]) -> None:
         """Write the tensors into the leaves of the tree, in place."""
         own = {key: leaves[key][self._region(like)] for key, like in self.fresh.items()}
-        given = self.select(tensors)
+        selected = self.select(tensors)
         found = (
-            self.method.peft.unpack(self.method, self.site, given, own)
+            self.method.peft.unpack(self.method, self.site, selected, own)
             if self.site.path
-            else self.method.peft.unpack_root(self.method, given, own)
+            else self.method.peft.unpack_root(self.method, selected, own)
         )
         for key, like in self.fresh.items():
             leaves[key][self._region(like)] = found[key]
 
     def select(self, tensors: Mapping[str, Array]) -> dict[str, Array]:
-        """Return its own of the tensors of a file, by the ends of their names."""
+        """Return its tensors from those of a file, by their names without the prefix."""
         return {name.removeprefix(self.prefix): tensors[name] for name in self.tensors()}
 
     def tensors(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -121,12 +121,11 @@ class Adapted:
 
 
 def wholes(method: Method, params: Mapping[str, Any]) -> list[Whole]:
-    """List the leaves of the base that are trained whole: those of heads, of `modules_to_save`,
-    biases.
+    """List the fully trained leaves of the base: heads, `modules_to_save`, biases.
 
     Args:
         method: the method that rewrote `params`.
-        params: the rewritten tree; abstract leaves will do.
+        params: the rewritten tree; its leaves may be abstract.
     """
     adding = [name for part in method.parts() for name in (*part.leaves.names, *part.leaves.root)]
     wrapped = {name: part for part in method.parts() for name in adapted_names(part, params)}
@@ -149,7 +148,7 @@ def wholes(method: Method, params: Mapping[str, Any]) -> list[Whole]:
 
 
 def adapted_names(method: Method, params: Mapping[str, Any]) -> list[str]:
-    """List the names of the layers that one method adapts."""
+    """Return the names of the modules that one method adapts, layer by layer."""
     return [
         n
         for s, on in chosen_sites(method, params).items()
@@ -159,11 +158,11 @@ def adapted_names(method: Method, params: Mapping[str, Any]) -> list[str]:
 
 
 def find_adapted(method: Method, params: Mapping[str, Any]) -> list[Adapted]:
-    """List the adapted sites, layer by layer, and the roots of the methods that keep leaves there.
+    """List the adapted sites layer by layer, and the root for each method with leaves there.
 
     Args:
         method: the method that rewrote `params`.
-        params: the rewritten tree; abstract leaves will do.
+        params: the rewritten tree; its leaves may be abstract.
     """
     key = jax.eval_shape(lambda: jax.random.key(0))
     out: list[Adapted] = []
@@ -188,8 +187,9 @@ def find_adapted(method: Method, params: Mapping[str, Any]) -> list[Adapted]:
 
 
 def to_tensors(method: Method, params: Mapping[str, Any]) -> dict[str, Array]:
-    """Return the tensors of the adapter file, float32, by name, C-contiguous: safetensors writes
-    other layouts scrambled.
+    """Return the float32 tensors of the adapter file by name.
+
+    They are C-contiguous, since safetensors scrambles arrays of other layouts.
     """
     out: dict[str, Array] = {}
     host: dict[Path, Array] = {}
@@ -205,15 +205,15 @@ def to_tensors(method: Method, params: Mapping[str, Any]) -> dict[str, Array]:
 def without_copies(
     method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """Leave out what PEFT writes beside an adapter.
+    """Drop the redundant tensors of an adapter file.
 
-    That is a saved module's other names, equal copies of base weights, and equal copies at each
-    site of what sites share.
+    PEFT also writes a saved module under other names, copies of base weights, and a copy of shared
+    tensors at each site.
 
     Args:
-        method: what the adapter is.
-        header: the tensors of the file.
-        base: the parameters that the adapter is for.
+        method: method of the adapter.
+        header: tensors of the file.
+        base: parameters of the base.
     """
     roots = [
         name
@@ -251,9 +251,7 @@ _EMBEDDINGS = ("embed_tokens", "word_embeddings", "lm_head")
 
 
 def _embedding_of(name: str) -> str | None:
-    """Return the name of the embedding or the head that a tensor is the weight of, as PEFT's
-    `save_embedding_layers` writes it.
-    """
+    """Return the embedding or head whose weight has this name (`save_embedding_layers` in PEFT)."""
     module, _, leaf = name.rpartition(".")
     found = module.rpartition(".")[2]
     return found if leaf == "weight" and found in _EMBEDDINGS else None
@@ -266,44 +264,43 @@ def _saves(method: Method, name: str) -> bool:
 def with_embeddings(
     method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]
 ) -> Method:
-    """Return the method that saves whole the embeddings that a file holds though no option says so,
-    as with added tokens.
+    """Return a method that also saves the embeddings in a file, such as those with added tokens.
 
-    What one method saves whole it does not adapt: where an embedding is adapted as well, a part of
-    its own saves it.
+    A method does not adapt the modules that it saves in full, so an embedding that is also adapted
+    is saved by a separate part.
 
     Args:
-        method: what the adapter is.
-        header: the tensors of the file, without copies.
-        base: the parameters that the adapter is for.
+        method: method of the adapter.
+        header: tensors of the file, without copies.
+        base: parameters of the base.
     """
     trained = (
         any(part.trains(path, base) for part in method.parts()) for path, _ in paths.walk(base)
     )
     walked = zip(paths.walk(base), trained, strict=True)
     leaves = {name for (path, leaf), own in walked if not own for name in _names(path, leaf)}
-    given = {name: _unwrap(name.removeprefix(method.peft.module_prefix)) for name in header}
+    own_names = {name: _unwrap(name.removeprefix(method.peft.module_prefix)) for name in header}
     found = {
         name: _embedding_of(own)
-        for name, own in given.items()
+        for name, own in own_names.items()
         if own in leaves and not _saves(method, own)
     }
     found = {name: module for name, module in found.items() if module is not None}
-    whole = tuple(sorted(set(found.values())))
+    modules = tuple(sorted(set(found.values())))
     if method.parts() == (method,) and any(".base_layer." in name for name in found):
-        return Mixed(methods=(method, Head(modules_to_save=whole)))
+        return Mixed(methods=(method, Head(modules_to_save=modules)))
     return (
-        dataclasses.replace(method, modules_to_save=(*method.modules_to_save, *whole))
-        if whole
+        dataclasses.replace(method, modules_to_save=(*method.modules_to_save, *modules))
+        if modules
         else method
     )
 
 
 def saved_modules(method: Method, params: Mapping[str, Any]) -> list[str]:
-    """Return the names for `modules_to_save` of a file: heads, and what the method saves whole.
+    """Return `modules_to_save` for a file: heads, and the modules that the method saves in full.
 
-    An embedding that is adapted as well is left out: PEFT has it as the base inside the adapter's
-    module.
+    An embedding that is also adapted is omitted: PEFT stores it as the base layer inside the
+    adapter's module.
 
     Args:
         method: the method that rewrote `params`.
@@ -324,22 +321,19 @@ def saved_modules(method: Method, params: Mapping[str, Any]) -> list[str]:
 
 
 def _unwrap(name: str) -> str:
-    """Return the name of a tensor of the base that PEFT keeps inside an adapter's module, as the
-    base has it.
-    """
+    """Return the base's name for a tensor that PEFT stores inside an adapter's module."""
     return re.sub(rf"(\.(?:{beside.MODULES}))?\.base_layer\.", ".", name)
 
 
 def find_outgrown(
     method: Method, header: Mapping[str, Tensor], base: Mapping[str, Any]
 ) -> list[str]:
-    """List the embeddings and heads of an adapter file that have more tokens than the base: all
-    else would be misread.
+    """List the embeddings and heads of an adapter file that have more tokens than the base.
 
     Args:
-        method: what the adapter is.
-        header: the tensors of the file.
-        base: the parameters that the adapter is for.
+        method: method of the adapter.
+        header: tensors of the file.
+        base: parameters of the base.
     """
     shapes = {
         name: list(leaf.shape[::-1] if path[-1] == "kernel" else leaf.shape)
@@ -364,12 +358,12 @@ def _names(path: Path, leaf: Any) -> tuple[str, ...]:
 
 
 def put_tensors(method: Method, params: Mapping[str, Any], tensors: Mapping[str, Array]) -> Tree:
-    """Return the rewritten tree with the leaves of an adapter file in place of the fresh ones.
+    """Return the rewritten tree with the values of an adapter file.
 
     Args:
         method: the method that rewrote `params`.
         params: the rewritten tree.
-        tensors: as `differences` found them to fit.
+        tensors: tensors of the file, already checked by `differences`.
     """
     host: dict[Path, Array] = {}
     for entry in wholes(method, params):
@@ -390,7 +384,5 @@ def put_tensors(method: Method, params: Mapping[str, Any], tensors: Mapping[str,
 
 
 def _put_like(value: Array, leaf: Any) -> Any:
-    """Put an array where a leaf is; a leaf that is free to move, as a fresh one beside a sharded
-    base, stays so.
-    """
+    """Put an array on a leaf's devices; if the leaf is uncommitted, the array is, too."""
     return jax.device_put(value, leaf.sharding) if leaf.committed else jnp.asarray(value)

@@ -1,3 +1,1 @@
-"""Weights in files: safetensors read and written by byte ranges, and the leaves that their tensors
-make.
-"""
+"""Weight files: safetensors read and written by byte range, and their conversion to leaves."""

@@ -1,16 +1,15 @@
-"""Weights that `bitsandbytes` has quantized to NF4, as Hugging Face checkpoints hold them: found
-and checked, not yet read.
+"""Finding and checking weights quantized to NF4 by `bitsandbytes` in Hugging Face checkpoints.
 
-A matrix `X.weight [out, in]` is there as its codes, two a byte, row by row, and beside it
+A matrix `X.weight [out, in]` is stored as its codes, two per byte, row by row, along with
 
-    X.weight.absmax             of each block of 64: uint8, or float32 without double quantization
+    X.weight.absmax             per block of 64: uint8, or float32 without double quantization
     X.weight.quant_map          the 16 values of the codes
-    X.weight.nested_absmax      with double quantization: of 256 blocks
+    X.weight.nested_absmax      with double quantization: per 256 blocks
     X.weight.nested_quant_map   with double quantization: the 256 values of the 8-bit type
     X.weight.quant_state.bitsandbytes__nf4
                                 JSON: shape, dtype, sizes of the blocks, `nested_offset`
 
-which are the leaves of `jaxpeft.kernels.nf4` in the same order, byte for byte.
+These are the leaves of `jaxpeft.kernels.nf4` in the same order, byte for byte.
 """
 
 from __future__ import annotations
@@ -38,26 +37,24 @@ _COMPANION = re.compile(
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _MOST_STATE = 1 << 16
 _MOST_OFFSET, _MOST_SIDE = 1e38, 1 << 31
-_INSTEAD = "load the unquantized model, with quant='nf4'"
+_INSTEAD = "load the unquantized model with quant='nf4'"
 
 
 class RowReader(Described, Protocol):
-    """A tensor that is read by its rows."""
+    """A tensor that can be read by rows."""
 
     def read_rows(self, start: int, stop: int, columns: Span | None = None) -> np.ndarray[Any, Any]:
-        """Read `tensor[start:stop]` along the first axis, and along the second `columns`, or all of
-        it.
-        """
+        """Read `tensor[start:stop]`, and of the second axis only `columns` if given."""
         ...
 
 
 @dataclass(frozen=True)
 class Filled:
-    """A tensor of one number, which no file holds.
+    """A constant tensor that is not stored in a file.
 
     Attributes:
         shape: row-major shape.
-        value: the number.
+        value: value of all elements.
     """
 
     shape: tuple[int, ...]
@@ -74,23 +71,21 @@ class Filled:
         return 4 * math.prod(self.shape)
 
     def read_rows(self, start: int, stop: int, columns: Span | None = None) -> np.ndarray[Any, Any]:
-        """Return `tensor[start:stop]` along the first axis, and along the second `columns`, or all
-        of it.
-        """
+        """Return `tensor[start:stop]`, and of the second axis only `columns` if given."""
         rest = self.shape[1:] if columns is None else (columns[1] - columns[0], *self.shape[2:])
         return np.full((stop - start, *rest) if self.shape else (), self.value, np.float32)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A matrix of a checkpoint that is quantized.
+    """A quantized matrix of a checkpoint.
 
     Attributes:
-        file: that holds its codes.
-        shape: of the matrix, `[out, in]`.
-        dtype: that it was quantized from.
-        leaves: what holds it, by the names of `jaxpeft.kernels.nf4.NF4.leaves`.
-        problems: what is wrong with it; then there are no leaves.
+        file: file that contains its codes.
+        shape: shape of the matrix, `[out, in]`.
+        dtype: dtype that it was quantized from.
+        leaves: its tensors by the names of `jaxpeft.kernels.nf4.NF4.leaves`.
+        problems: errors in its tensors; if there are any, it has no leaves.
     """
 
     file: Path
@@ -101,19 +96,18 @@ class Packed:
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes of the matrix that it stands for."""
+        """Size in bytes of the unquantized matrix."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Packed]:
-    """Put the tensors that hold one quantized matrix together; of their numbers the tables and the
-    JSON text are read.
+    """Group the tensors of each quantized matrix. Only the tables and the JSON text are read.
 
     Args:
-        tensors: of a checkpoint, by name.
+        tensors: tensors of a checkpoint by name.
 
     Returns:
-        The same without the companions, and `Packed` in place of the tensors that have them.
+        The tensors without the companions, with a `Packed` for each quantized matrix.
     """
     companions: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -144,14 +138,14 @@ def _pack(name: str, codes: Tensor, beside: Mapping[str, Tensor]) -> Packed:
     if others or state != f"{_STATE[1:]}nf4":
         return _find_faults(
             beside,
-            f"quantized: {name} is in {state.partition('__')[2]}, only nf4 is supported;"
+            f"quantized: {name} is {state.partition('__')[2]}, but only nf4 is supported;"
             f" {_INSTEAD}",
         )
     parsed = _parse(beside[state])
     if parsed is None:
         return _find_faults(
             beside,
-            f"quantized: {name}.{state} is not what bitsandbytes writes; fetch the file again",
+            f"quantized: {name}.{state} is not a valid bitsandbytes state; fetch the file again",
         )
     nested = "nested_absmax" in beside or "nested_blocksize" in parsed
     needed = ("absmax", "quant_map", *(("nested_absmax", "nested_quant_map") if nested else ()))
@@ -172,7 +166,7 @@ def _parse(state: Tensor) -> Mapping[str, Any] | None:
 
 
 def _state_problems(state: Mapping[str, Any], nested: bool) -> list[str]:
-    """Return what of the JSON text is not this format."""
+    """List where the JSON text differs from this format."""
     wanted: dict[str, Any] = {"quant_type": "nf4", "blocksize": nf4.BLOCK}
     wanted |= {"nested_blocksize": nf4.SECOND, "nested_dtype": "float32"} if nested else {}
     problems = [
@@ -187,7 +181,7 @@ def _state_problems(state: Mapping[str, Any], nested: bool) -> list[str]:
     ]:
         problems.append(f"shape is {shape!r}, must be [out, in]")
     elif shape[1] % 2:
-        problems.append(f"shape is {shape!r}, and nf4 needs an even number of inputs; {_INSTEAD}")
+        problems.append(f"shape is {shape!r}, but nf4 needs an even number of inputs; {_INSTEAD}")
     if not isinstance(state.get("dtype"), str) or state["dtype"] not in _DTYPES:
         problems.append(f"dtype is {state.get('dtype')!r}, must be one of {', '.join(_DTYPES)}")
     offset: Any = state.get("nested_offset")
@@ -197,7 +191,7 @@ def _state_problems(state: Mapping[str, Any], nested: bool) -> list[str]:
 
 
 def _finite(x: Any) -> bool:
-    # compared, not converted: a whole number may be larger than any float
+    # compared without conversion, since an integer may exceed the range of floats
     return (
         isinstance(x, int | float) and not isinstance(x, bool) and -_MOST_OFFSET < x < _MOST_OFFSET
     )
@@ -210,7 +204,7 @@ def _counts(n: Any) -> bool:
 def _check_leaves(
     name: str, codes: Tensor, beside: Mapping[str, Tensor], state: Mapping[str, Any], nested: bool
 ) -> Packed:
-    """Return the leaves, of tensors that have the sizes and the tables that they must have."""
+    """Check the sizes and tables of the tensors, and return the leaves."""
     out, n_in = state["shape"]
     blocks = -(-out * n_in // nf4.BLOCK)
     seconds = -(-blocks // nf4.SECOND)
@@ -242,7 +236,7 @@ def _check_leaves(
         return _find_faults(beside, *problems)
     rows = (out, n_in // nf4.BLOCK) if n_in % nf4.BLOCK == 0 else (blocks,)
     leaves: tuple[RowReader, ...] = (
-        # some checkpoints hold the bytes of the codes as numbers of another dtype
+        # some checkpoints store the bytes of the codes in another dtype
         # (`bnb_4bit_quant_storage`)
         dataclasses.replace(codes, shape=(out, n_in // 2), dtype=np.dtype(np.uint8)),
         dataclasses.replace(beside["absmax"], shape=rows),

@@ -1,8 +1,7 @@
-"""SHA-256 of what files hold, item by item: a flipped bit is found, and told by the name of the
-tensor or field that differs.
+"""SHA-256 of each item in a file, so that an error can name the changed tensor or field.
 
 The items of a safetensors file are its tensors, with shape and dtype; those of a JSON file are its
-fields. Where a tensor lies in which file, and how a JSON file is spelled, makes no difference.
+fields. The location of a tensor and the formatting of a JSON file do not matter.
 """
 
 from __future__ import annotations
@@ -26,19 +25,19 @@ Digests = Mapping[str, str]
 _BLOCK_BYTES = 16 << 20
 _THREADS = 8
 _SHOWN = 20
-"""How many tensors a message names."""
+"""The maximum number of tensors that a message lists."""
 
 
 def array_sha256(array: np.ndarray[Any, Any]) -> str:
-    """Return the SHA-256 of an array: of its dtype, its shape and its numbers."""
+    """Return the SHA-256 of an array's dtype, shape and values."""
     return _sha256(array, [array])
 
 
 def tensor_sha256(tensor: Tensor) -> str:
-    """Return the same of a tensor in a file, read in blocks, so that it never is in memory whole.
+    """Return the SHA-256 of a tensor in a file, which is read in blocks to save memory.
 
     Raises:
-        WeightsError: the file ends too early.
+        WeightsError: The file is truncated.
     """
     return _sha256(tensor, _blocks(tensor))
 
@@ -70,7 +69,7 @@ def fields_sha256(content: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_set(name: str, value: Any) -> bool:
-    """Return whether `peft` has a field as a set, and writes it in any order."""
+    """Return whether a field is a set in `peft`, which writes it in arbitrary order."""
     return name in ("target_modules", "exclude_modules") and isinstance(value, list)
 
 
@@ -80,10 +79,10 @@ def arrays_sha256(tensors: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, str]
 
 
 def file_tensors_sha256(path: Path) -> Digests:
-    """Return the SHA-256 of each tensor of a safetensors file; once for each state of the file.
+    """Return the SHA-256 of each tensor of a safetensors file, cached until the file changes.
 
     Raises:
-        WeightsError: it cannot be read.
+        WeightsError: The file cannot be read.
     """
     found = path.stat()
     return _file_sha256(path, found.st_size, found.st_mtime_ns)
@@ -98,34 +97,32 @@ def _file_sha256(path: Path, size: int, changed: int) -> Digests:
 
 
 def find_differing(recorded: Mapping[str, Any], found: Digests) -> list[str]:
-    """List the names that are recorded with another SHA-256, or are not recorded, or not there;
-    sorted.
-    """
+    """Return the sorted names whose SHA-256 differs or is missing on one side."""
     return sorted(
         name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name)
     )
 
 
 def is_record(value: Any) -> bool:
-    """Return whether a value of a file can be what was recorded: text by name."""
+    """Return whether a value from a file has the type of a record: strings by name."""
     return isinstance(value, dict) and all(isinstance(found, str) for found in value.values())
 
 
 def describe_differing(
     wrong: Sequence[str], where: Callable[[str], Path], record: str, fix: str
 ) -> list[str]:
-    """Return the problems of tensors that differ, the first ones by name.
+    """Return error messages for tensors that differ, with the names of the first ones.
 
     Args:
         wrong: their names.
-        where: gives the file of a tensor.
-        record: the file that has their SHA-256.
-        fix: what to do.
+        where: function from a tensor's name to its file.
+        record: name of the file with the recorded SHA-256.
+        fix: suggested fix.
     """
     more = [f"... and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
     return [
         *(
-            f"{where(name)}: {name}: its SHA-256 is not the one of {record}; {fix}"
+            f"{where(name)}: {name}: its SHA-256 differs from {record}; {fix}"
             for name in wrong[:_SHOWN]
         ),
         *more,
@@ -138,12 +135,12 @@ class _Readable(Described, Protocol):
 
 @dataclass(frozen=True)
 class Noted:
-    """A tensor whose SHA-256 is noted when it is read to be written.
+    """A tensor whose SHA-256 is recorded when it is read.
 
     Attributes:
-        name: of the tensor.
-        tensor: where its numbers come from.
-        into: where its SHA-256 is put.
+        name: name of the tensor.
+        tensor: the tensor to read.
+        into: dict that receives its SHA-256.
     """
 
     name: str
@@ -166,7 +163,7 @@ class Noted:
         return self.tensor.nbytes
 
     def read(self) -> np.ndarray[Any, Any]:
-        """Return its numbers."""
+        """Return the tensor's values."""
         array = self.tensor.read()
         self.into[self.name] = array_sha256(array)
         return array

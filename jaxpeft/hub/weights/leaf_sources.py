@@ -1,6 +1,4 @@
-"""Where the numbers of a leaf come from, and reading any slice of it: no more is asked of the files
-than the slice has.
-"""
+"""The source tensors of a leaf, and reading any slice of it without reading more of the files."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ from jaxpeft.hub.weights.safetensors_files import Span, aligned_empty
 
 _BLOCK_BYTES = 1 << 20
 _MAPPED_BYTES = 4 << 20
-"""How much of a file is mapped at once, where parts of its rows are read."""
+"""Maximum bytes of a file that are mapped at once to read parts of its rows."""
 _MEAN_ROWS = 1024
 _STRIP = 32
 _THREADS = 8
@@ -27,13 +25,13 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class LeafSource:
-    """Where the numbers of one leaf come from.
+    """The source tensors of one leaf.
 
     Attributes:
-        tensors: one, or one a layer.
-        shape: of the leaf.
-        dtype: of the leaf.
-        stacked: whether the leading axis counts `tensors`.
+        tensors: one tensor, or one per layer.
+        shape: shape of the leaf.
+        dtype: dtype of the leaf.
+        stacked: whether the leading axis of the leaf is the layer.
         transposed: whether the leaf is the transpose of the tensors (a kernel).
     """
 
@@ -47,10 +45,10 @@ class LeafSource:
         """Read a slice of the leaf.
 
         Args:
-            index: a slice for each axis of the leaf; None for all of it.
+            index: a slice for each axis of the leaf; None for the entire leaf.
 
         Returns:
-            Array of the slice's shape, in the leaf's dtype.
+            Array of the slice's shape in the leaf's dtype.
         """
         spans = spans_of(index, self.shape)
         out = aligned_empty(tuple(stop - start for start, stop in spans), self.dtype)
@@ -72,8 +70,8 @@ class LeafSource:
         """Read a slice of one layer of the leaf.
 
         Args:
-            layer: its number; 0 where the leaf is not stacked.
-            index: a slice for each axis of the layer; None for all of it.
+            layer: index of the layer; 0 if the leaf is not stacked.
+            index: a slice for each axis of the layer; None for the entire layer.
         """
         if not self.stacked:
             return self.read(index)
@@ -84,7 +82,7 @@ class LeafSource:
     def _blocks(
         self, out: np.ndarray[Any, Any], tensor: RowReader, spans: Sequence[Span]
     ) -> Iterator[Callable[[], None]]:
-        """Yield functions that each read a block of the tensor's rows into its place in `out`."""
+        """Yield functions that each read a block of the tensor's rows into `out`."""
         if not spans:
             yield lambda: out.__setitem__(..., tensor.read_rows(0, 1))
             return
@@ -98,13 +96,13 @@ class LeafSource:
 
 
 def spans_of(index: Index | None, shape: tuple[int, ...]) -> tuple[Span, ...]:
-    """Return from where to where a slice reaches along each axis; None is all of it."""
-    whole = (slice(None),) * len(shape) if index is None else index
-    return tuple(s.indices(n)[:2] for s, n in zip(whole, shape, strict=True))
+    """Return the start and stop of a slice along each axis; an index of None is the full shape."""
+    slices = (slice(None),) * len(shape) if index is None else index
+    return tuple(s.indices(n)[:2] for s, n in zip(slices, shape, strict=True))
 
 
 def _rows_at_once(tensor: RowReader, others: Sequence[Span]) -> int:
-    """Return how many rows make a block, where of each the spans along the other axes are read."""
+    """Return the number of rows per block if only the given spans of the other axes are read."""
     row = max(1, tensor.nbytes // max(1, tensor.shape[0]))
     if not others or others[0] == (0, tensor.shape[1]):
         return max(1, _BLOCK_BYTES // row)
@@ -115,9 +113,7 @@ def _rows_at_once(tensor: RowReader, others: Sequence[Span]) -> int:
 def _copy(
     place: np.ndarray[Any, Any], tensor: RowReader, rows: Span, others: Sequence[Span]
 ) -> None:
-    """Read rows of a tensor into their place, a few at a time: a transposed copy is then six times
-    as fast.
-    """
+    """Read rows of a tensor into an array, a few at a time: six times as fast to transpose."""
     behind = (slice(None), slice(None), *(slice(*span) for span in others[1:]))[: 1 + len(others)]
     block = tensor.read_rows(*rows, *others[:1])[behind]
     if block.dtype == place.dtype:
@@ -129,11 +125,11 @@ def _copy(
 
 
 def join(tensors: Sequence[RowReader], *, stacked: bool) -> LeafSource:
-    """Return the leaf that tensors of one shape and dtype make as they are.
+    """Return the leaf of tensors with the same shape and dtype, not transposed.
 
     Args:
-        tensors: one, or one a layer.
-        stacked: whether the leaf has an axis of layers.
+        tensors: one tensor, or one per layer.
+        stacked: whether the leaf has a layer axis.
     """
     first = tensors[0]
     shape = (len(tensors), *first.shape) if stacked else first.shape
@@ -142,35 +138,33 @@ def join(tensors: Sequence[RowReader], *, stacked: bool) -> LeafSource:
 
 @dataclass(frozen=True)
 class Grown:
-    """A tensor with more rows than the file has: those begin as the mean of the others.
+    """A tensor with more rows than in the file; the new rows are the mean of the existing ones.
 
     Attributes:
-        there: the tensor in the file.
-        rows: how many it is to have.
-        dtype: of what is read.
+        stored: the tensor in the file.
+        rows: number of rows, including new ones.
+        dtype: dtype of the values read.
     """
 
-    there: RowReader
+    stored: RowReader
     rows: int
     dtype: np.dtype[Any]
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Row-major shape."""
-        return (self.rows, *self.there.shape[1:])
+        return (self.rows, *self.stored.shape[1:])
 
     @property
     def nbytes(self) -> int:
-        """Size in bytes of what the file has."""
-        return self.there.nbytes
+        """Size in bytes of the tensor in the file."""
+        return self.stored.nbytes
 
     def read_rows(self, start: int, stop: int, columns: Span | None = None) -> np.ndarray[Any, Any]:
-        """Read `tensor[start:stop]` along the first axis, and along the second `columns`, or all of
-        it.
-        """
-        own = self.there.shape[0]
+        """Read `tensor[start:stop]`, and of the second axis only `columns` if given."""
+        own = self.stored.shape[0]
         found = (
-            [self.there.read_rows(start, min(stop, own), columns).astype(self.dtype)]
+            [self.stored.read_rows(start, min(stop, own), columns).astype(self.dtype)]
             if start < own
             else []
         )
@@ -180,11 +174,9 @@ class Grown:
         return np.concatenate(found)
 
     def _mean(self, columns: Span | None) -> np.ndarray[Any, Any]:
-        """Add up the same rows one after the other whatever the columns are, so that every part has
-        the same mean.
-        """
-        own, total = self.there.shape[0], np.zeros((), np.float64)
+        """Return the mean, summed in the same order for any columns, so that all shards agree."""
+        own, total = self.stored.shape[0], np.zeros((), np.float64)
         for start in range(0, own, _MEAN_ROWS):
-            rows = self.there.read_rows(start, min(start + _MEAN_ROWS, own), columns)
+            rows = self.stored.read_rows(start, min(start + _MEAN_ROWS, own), columns)
             total = total + rows.astype(np.float64).sum(axis=0)
         return np.asarray(total / own).astype(self.dtype)

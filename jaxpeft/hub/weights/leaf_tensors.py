@@ -1,5 +1,5 @@
-"""Which tensors of a checkpoint make which leaf: matched by name, and checked, before a byte of
-data is read.
+"""Matching a checkpoint's tensors to a model's leaves by name, and checking them, without reading
+their data.
 """
 
 from __future__ import annotations
@@ -28,14 +28,13 @@ _LAYER = re.compile(r"(?:^|\.)layers?\.(\d{1,9})\.")
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """Which tensors make which leaf.
+    """The source tensors of each leaf.
 
     Attributes:
-        sources: by path, for every leaf that the checkpoint holds.
-        new: the paths of the head's leaves that it does not hold, to be made newly.
-        replaced: names of head tensors that the checkpoint holds for another number of labels.
-        held: of each kernel that is there in few bits, by its path, the leaves that hold it, by
-            their names.
+        sources: source of each leaf in the checkpoint, by path.
+        new: paths of the head's leaves that are missing and will be initialized.
+        replaced: names of head tensors in the checkpoint with a different number of labels.
+        held: for each kernel quantized in the checkpoint, by path, its leaves by name.
     """
 
     sources: Mapping[Path, LeafSource]
@@ -46,10 +45,10 @@ class WeightPlan:
     )
 
     def grown(self, abstract: Tree) -> WeightPlan:
-        """Return the plan with the rows of added tokens, which begin as the mean of the others.
+        """Return the plan with rows for added tokens, initialized to the mean of the existing ones.
 
         Args:
-            abstract: the model's tree with them.
+            abstract: the model's tree with the added rows.
         """
         sources = dict(self.sources)
         for path, leaf in paths.walk(abstract):
@@ -74,20 +73,20 @@ def plan(
 
     Args:
         abstract: the model's tree of `ShapeDtypeStruct`.
-        tensors: the checkpoint's, by name.
-        family: the architecture: its prefix, and what may be left over.
-        dtype: of the loaded leaves; None keeps each tensor's own, float64 apart, which becomes
-            float32. Kernels that are quantized stay as they are.
-        folder: what to call the checkpoint in messages.
-        relabel: whether a head for another number of labels may be made newly.
+        tensors: the checkpoint's tensors by name.
+        family: the architecture: its prefix, and the tensors that may be left over.
+        dtype: dtype of the loaded leaves; None keeps each tensor's own, except that float64
+            becomes float32. Quantized kernels are not converted.
+        folder: the checkpoint's folder, for messages.
+        relabel: whether a head with a different number of labels may be newly initialized.
 
     Raises:
-        WeightsError: listing every missing, extra, misshaped or non-floating tensor with the
-            nearest names, and what is wrong with one that is quantized.
+        WeightsError: Tensors are missing, extra, misshaped or not floating, or a quantized one is
+            broken; it lists all of them, with the nearest names.
     """
     named, problems = _canonical_names(tensors, abstract, family)
     wanted = [_expect(path, leaf, named) for path, leaf in paths.walk(abstract)]
-    headless = not any(one.there for one in wanted if one.head)
+    headless = not any(one.present for one in wanted if one.head)
     sources: dict[Path, LeafSource] = {}
     held: dict[Path, Mapping[str, LeafSource]] = {}
     new: list[Path] = []
@@ -116,48 +115,46 @@ def plan(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """The tensors that make a leaf.
+    """The tensors required for a leaf.
 
     Attributes:
-        path: of the leaf.
-        leaf: its shape.
-        layers: how many tensors are stacked in it, None for one that is not.
-        names: of the tensors.
-        there: those that the checkpoint has.
+        path: path of the leaf.
+        leaf: shape and dtype of the leaf.
+        layers: number of stacked tensors; None if the leaf is not stacked.
+        names: names of the tensors.
+        present: the tensors that the checkpoint has.
     """
 
     path: Path
     leaf: jax.ShapeDtypeStruct
     layers: int | None
     names: tuple[str, ...]
-    there: Mapping[str, Tensor | Packed]
+    present: Mapping[str, Tensor | Packed]
 
     @property
     def head(self) -> bool:
-        """Whether it is of a task's head."""
+        """Whether the leaf belongs to a task's head."""
         return paths.is_head(self.path)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """What the shape of each tensor must be."""
+        """The required shape of each tensor."""
         shape = tuple(self.leaf.shape[1:] if self.layers is not None else self.leaf.shape)
         return shape[::-1] if self.path[-1] == "kernel" else shape
 
     @property
     def misshaped(self) -> dict[str, Tensor | Packed]:
-        """The tensors of another shape."""
-        return {name: tensor for name, tensor in self.there.items() if tensor.shape != self.shape}
+        """The tensors with a different shape."""
+        return {name: tensor for name, tensor in self.present.items() if tensor.shape != self.shape}
 
     @property
     def packed(self) -> dict[str, Packed]:
         """The tensors that are quantized."""
-        return {name: tensor for name, tensor in self.there.items() if isinstance(tensor, Packed)}
+        return {name: tensor for name, tensor in self.present.items() if isinstance(tensor, Packed)}
 
     @property
     def of_other_labels(self) -> bool:
-        """Whether it is of a head whose tensors are for another number of labels, and all else of
-        them is right.
-        """
+        """Whether it is a valid head except for a different number of labels."""
         wrong = self.misshaped.values()
         return (
             self.head
@@ -176,7 +173,7 @@ def _expect(path: Path, leaf: Any, named: Tensors) -> _Wanted:
 
 
 def _faults(one: _Wanted, named: Tensors) -> list[str]:
-    """Return what is wrong with the tensors of a leaf."""
+    """List the errors in the tensors of a leaf."""
     found = [f"missing: {name}{nearest(name, named)}" for name in one.names if name not in named]
     if broken := _unfit(one):
         return found + broken
@@ -189,13 +186,13 @@ def _faults(one: _Wanted, named: Tensors) -> list[str]:
         for name, t in one.misshaped.items()
     ]
     return found + [
-        _dtype_fault(name, tensor) for name, tensor in one.there.items() if _is_integer(tensor)
+        _dtype_fault(name, tensor) for name, tensor in one.present.items() if _is_integer(tensor)
     ]
 
 
 def _source(one: _Wanted, dtype: Any | None) -> LeafSource:
-    """Return where the numbers of a leaf come from that is there as it is."""
-    plain = [tensor for tensor in one.there.values() if isinstance(tensor, Tensor)]
+    """Return the source of a leaf that is not quantized in the checkpoint."""
+    plain = [tensor for tensor in one.present.values() if isinstance(tensor, Tensor)]
     target = np.dtype(dtype) if dtype is not None else _common_dtype(plain)
     return LeafSource(
         tuple(plain), one.leaf.shape, target, one.layers is not None, one.path[-1] == "kernel"
@@ -203,13 +200,12 @@ def _source(one: _Wanted, dtype: Any | None) -> LeafSource:
 
 
 def plan_without_tensors(abstract: Tree, dtype: Any, *, new_head: bool) -> WeightPlan:
-    """Return what a checkpoint of all leaves in one dtype would make, for what asks for no more
-    than shapes and dtypes.
+    """Return the plan for a checkpoint with all leaves in one dtype, for shapes and dtypes only.
 
     Args:
         abstract: the model's tree of `ShapeDtypeStruct`.
-        dtype: of the leaves.
-        new_head: whether the head is to be made newly.
+        dtype: dtype of the leaves.
+        new_head: whether the head is newly initialized.
     """
     new = tuple(path for path, _ in paths.walk(abstract) if new_head and paths.is_head(path))
     sources = {
@@ -227,18 +223,19 @@ def plan_without_tensors(abstract: Tree, dtype: Any, *, new_head: bool) -> Weigh
 
 
 def _unfit(one: _Wanted) -> list[str]:
-    """Return why a leaf cannot be held as its quantized tensors are."""
-    packed, there = one.packed, len(one.there)
+    """List the reasons why a leaf cannot be loaded from its quantized tensors."""
+    packed, count = one.packed, len(one.present)
     if broken := [problem for tensor in packed.values() for problem in tensor.problems]:
         return broken
     if packed and one.path[-1] != "kernel":
-        return [f"quantized: {name} is, and belongs to no linear module" for name in packed]
-    if packed and len(packed) < there:
-        few = (
-            f"quantized: {next(iter(packed))} is, and {there - len(packed)} of the {there} layers"
-            " stacked with it are not"
-        )
-        return [f"{few}; set scan_layers=False"]
+        return [f"quantized: {name} does not belong to a linear module" for name in packed]
+    if packed and len(packed) < count:
+        return [
+            (
+                f"quantized: {next(iter(packed))}: {count - len(packed)} of the {count} layers"
+                " stacked with it are not quantized; set scan_layers=False"
+            )
+        ]
     if (
         len(
             {
@@ -250,7 +247,7 @@ def _unfit(one: _Wanted) -> list[str]:
     ):
         return [
             (
-                f"quantized: {next(iter(packed))} and the layers stacked with it have scales of"
+                f"quantized: {next(iter(packed))}: the layers stacked with it have scales of"
                 " different dtypes; set scan_layers=False"
             )
         ]
@@ -258,20 +255,21 @@ def _unfit(one: _Wanted) -> list[str]:
 
 
 def _quantized_leaves(packed: Sequence[Packed], *, stacked: bool) -> dict[str, LeafSource]:
-    """Return the leaves that hold a quantized kernel, or one a layer."""
+    """Return the leaves of a quantized kernel, stacked if there is one kernel per layer."""
     return {
         key: join([one.leaves[key] for one in packed], stacked=stacked) for key in packed[0].leaves
     }
 
 
 def _extra(named: Tensors, used: set[str], family: Family, *, head_wanted: bool) -> list[str]:
-    """Return which tensors belong to nothing. The head of another task is left out without a word;
-    where this task's head is in the checkpoint, a tensor that looks like a head's may be a misspelt
-    one of it.
+    """List the tensors that belong to no leaf.
+
+    The head of another task is ignored, unless the checkpoint also has this task's head: then it
+    may be a misspelled tensor of that head.
     """
     extra = [n for n in named if n not in used and not _is_optional(n, family)]
     return [
-        f"extra: {name} belongs to no part of this model{nearest(name, used)}"
+        f"extra: {name} is not part of this model{nearest(name, used)}"
         for name in extra
         if head_wanted or not paths.is_head(tuple(name.split(".")))
     ]
@@ -282,15 +280,15 @@ def _is_optional(name: str, family: Family) -> bool:
     return any(re.fullmatch(pattern, plain) for pattern in (*family.ignored, *family.optional))
 
 
-def _other_labels(name: str, there: int, wanted: int) -> str:
+def _other_labels(name: str, labels: int, wanted: int) -> str:
     return (
-        f"misshaped: {name} is for {there} labels, config.json has {wanted}; give"
-        f" num_labels={there} to keep the head, or num_labels={wanted} to make it newly"
+        f"misshaped: {name} has {labels} labels, but config.json has {wanted}; set"
+        f" num_labels={labels} to keep the head, or num_labels={wanted} to initialize a new one"
     )
 
 
 def _common_dtype(tensors: Sequence[Tensor]) -> np.dtype[Any]:
-    """Return the dtype that holds every layer's numbers; float64 becomes float32."""
+    """Return the common dtype of the layers, float32 if they differ; float64 becomes float32."""
     kinds = {tensor.dtype for tensor in tensors}
     (kind,) = kinds if len(kinds) == 1 else (np.dtype(np.float32),)
     return np.dtype(np.float32) if kind == np.float64 else kind
@@ -306,17 +304,16 @@ def _list_problems(problems: list[str], folder: Any, most: int = 60) -> list[str
 
 
 def require_sizes(config: Any, tensors: Tensors, family: Family, where: Any) -> None:
-    """Refuse a config of more layers, tokens or features than the tensors are, before a model of
-    that size is outlined.
+    """Raise an error if a config has more layers, tokens or features than the tensors.
 
     Args:
-        config: the model's, with `num_hidden_layers`, `vocab_size` and `hidden_size`.
-        tensors: the checkpoint's.
+        config: the model's config, with `num_hidden_layers`, `vocab_size` and `hidden_size`.
+        tensors: the checkpoint's tensors.
         family: the architecture.
-        where: what to call `config.json` in messages.
+        where: path of `config.json`, for messages.
 
     Raises:
-        WeightsError: listing each size with the one that the file has.
+        WeightsError: Sizes are too large; it lists each of them with the size in the file.
     """
     layers = {int(found[1]) for name in tensors if (found := _LAYER.search(name))}
     table = next(
@@ -329,25 +326,25 @@ def require_sizes(config: Any, tensors: Tensors, family: Family, where: Any) -> 
     )
     if table is not None and len(table[1]) == 2:
         sizes = zip(("vocab_size", "hidden_size"), table[1], strict=True)
-        found |= {field: (there, f"in {table[0]}") for field, there in sizes}
+        found |= {field: (size, f"in {table[0]}") for field, size in sizes}
     problems = [
-        f"{where}: {family.fields.get(field, field)} is {own}, there are {there} {of}; config.json"
-        " is of another model, or was edited"
-        for field, (there, of) in found.items()
-        if (own := getattr(config, field)) > there
+        f"{where}: {family.fields.get(field, field)} is {own}, but there are only {size} {of};"
+        " config.json belongs to another model, or was edited"
+        for field, (size, of) in found.items()
+        if (own := getattr(config, field)) > size
     ]
     if problems:
         raise WeightsError(problems)
 
 
 def untie(tensors: Tensors, folder: Any) -> dict[str, Tensor | Packed]:
-    """Return the tensors of a model whose head is its embedding: one of the two, under the
-    embedding's name.
+    """Return the tensors of a model with a tied head, with only the embedding's name.
 
-    Where both are there they are compared: each of several processes compares its part of them.
+    If the checkpoint has both tensors, they are compared; each of several processes compares its
+    part of them.
 
     Raises:
-        WeightsError: both are there and differ.
+        WeightsError: Both exist and differ.
     """
     head = next((name for name in tensors if name == "lm_head.weight"), None)
     embedding = next((name for name in tensors if name.endswith("embed_tokens.weight")), None)
@@ -358,7 +355,7 @@ def untie(tensors: Tensors, folder: Any) -> dict[str, Tensor | Packed]:
         return kept | {"model.embed_tokens.weight": tensors[head]}
     if not _equal(tensors[head], tensors[embedding]):
         raise WeightsError(
-            f"{folder}: config.json ties the head to the embedding, and lm_head.weight differs from"
+            f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs from"
             f" {embedding}; set tie_word_embeddings to false in config.json"
         )
     return kept
@@ -377,9 +374,7 @@ def _equal(a: Tensor | Packed, b: Tensor | Packed, rows: int = 4096) -> bool:
 
 
 def plain_name(name: str, family: Family) -> str:
-    """Return the name of a checkpoint's tensor as the backbone alone has it, without the prefix,
-    and as newer files do.
-    """
+    """Return a tensor's name without the backbone's prefix, with old names converted."""
     for pattern, replacement in family.renamed:
         name = re.sub(pattern, replacement, name)
     return name.removeprefix(family.prefix + ".")
@@ -388,11 +383,10 @@ def plain_name(name: str, family: Family) -> str:
 def _canonical_names(
     tensors: Tensors, abstract: Tree, family: Family
 ) -> tuple[dict[str, Tensor | Packed], list[str]]:
-    """Return the checkpoint's tensors by the names that the model's paths mirror, and what two
-    tensors claim to be.
+    """Return the checkpoint's tensors by the names that match the model's paths, and the conflicts.
 
-    A file may hold the backbone with its prefix or without; what is no part of the model keeps its
-    name.
+    A file may have the backbone's names with or without the prefix. Tensors that are not part of
+    the model keep their names.
     """
     wanted = {
         name
@@ -402,17 +396,19 @@ def _canonical_names(
         )
     }
     out: dict[str, Tensor | Packed] = {}
-    said: dict[str, str] = {}
+    original: dict[str, str] = {}
     problems: list[str] = []
-    for given, tensor in tensors.items():
-        plain = plain_name(given, family)
-        name = next((one for one in (plain, f"{family.prefix}.{plain}") if one in wanted), given)
+    for file_name, tensor in tensors.items():
+        plain = plain_name(file_name, family)
+        name = next(
+            (one for one in (plain, f"{family.prefix}.{plain}") if one in wanted), file_name
+        )
         if name in out:
             problems.append(
-                f"twice: {given} and {said[name]} are the same part of the model; remove one of"
-                " them"
+                f"twice: {file_name} and {original[name]} are the same part of the model; remove"
+                " one of them"
             )
-        out[name], said[name] = tensor, given
+        out[name], original[name] = tensor, file_name
     return out, problems
 
 

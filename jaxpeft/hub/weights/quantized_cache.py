@@ -1,17 +1,16 @@
-"""Quantized kernels on disk: a base that was quantized once is read in few bits the next time.
+"""The disk cache of quantized kernels, so that a base is quantized only once.
 
-    <cache>/quantized/<key>/model.safetensors    one tensor a leaf and layer (or shards and index)
-    <cache>/quantized/<key>/quantized.json       what it is, and the SHA-256 of every tensor
+    <cache>/quantised/<key>/model.safetensors    one tensor per leaf and layer (or shards and index)
+    <cache>/quantised/<key>/quantised.json       the inputs of the key, and each tensor's SHA-256
 
-The key is the SHA-256 of what the leaves depend on: where each kernel lies in which files, their
-sizes and times (hashing their bytes would cost as much as reading them), how it is quantized, its
-dtype, the platform, and the versions of jaxpeft and of this format. How layers run is no part of
-it, nor how leaves are spread over devices: the bits are the same. What is not quantized is always
-read from the model's own files.
+The key is the SHA-256 of everything that the leaves depend on: the location of each kernel, the
+sizes and times of the files (hashing their bytes would cost as much as reading them), the
+quantization, the dtype, the platform, and the versions of jaxpeft and of this format. It does not
+depend on scanned layers or on the sharding, since the bits are the same. Leaves that are not
+quantized are always read from the model's own files.
 
-Several processes keep none, and read none: all of them would have to find the same here, on disks
-that need not be shared, and to check a base each would read all of it, where without a cache it
-reads and quantizes its own part.
+Several processes do not use the cache: their disks may not be shared, and to check a base each
+would have to read all of it, while without a cache it reads and quantizes only its own part.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ from jaxpeft.quant.quantize import Quant
 
 FORMAT = 2
 LEAST_BYTES = 1 << 30
-"""How many bytes of kernels are worth a place on disk; fewer are quantized in seconds."""
+"""The minimum size of cached kernels; smaller ones are quantized in seconds."""
 _RECORD = "quantised.json"
 _THREADS = 8
 _log = logging.getLogger(__name__)
@@ -55,14 +54,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Entry:
-    """The place of one quantized base in the cache.
+    """The cache entry of one quantized base.
 
     Attributes:
-        folder: of it, which need not be there.
-        what: what the leaves depend on, as plain values.
-        leaves: of each kernel, by its path, shape and dtype of the leaves of one layer, by their
-            names.
-        plan: where the kernels themselves are read from.
+        folder: its folder, which may not exist.
+        what: the inputs of its key, as plain values.
+        leaves: for each kernel's path, shape and dtype of the leaves of one layer, by name.
+        plan: where the unquantized kernels are read from.
     """
 
     folder: FilePath
@@ -71,16 +69,14 @@ class Entry:
     plan: WeightPlan
 
     def open(self) -> WeightPlan | None:
-        """Return the plan that reads the quantized kernels from here; None, and say why, where they
-        are not here whole.
-        """
+        """Return the plan that reads the cached kernels; None if they are missing or damaged."""
         if not self.folder.is_dir():
             return None
         try:
-            with log_time(f"reading the quantized kernels from {self.folder}") as told:
+            with log_time(f"reading the quantized kernels from {self.folder}") as log:
                 tensors = open_folder(self.folder)
-                self._require_whole(tensors)
-                told("checked")
+                self._require_intact(tensors)
+                log("checked")
         except (WeightsError, OSError) as error:
             _log.warning(
                 "%s: the cached kernels are damaged (%s); quantizing again", self.folder, error
@@ -97,11 +93,11 @@ class Entry:
         source = self.plan.sources[path]
         return join([tensors[name] for name in _names(path, key, source)], stacked=source.stacked)
 
-    def _require_whole(self, tensors: Mapping[str, Tensor]) -> None:
+    def _require_intact(self, tensors: Mapping[str, Tensor]) -> None:
         """Check names, shapes, dtypes and checksums.
 
         Raises:
-            WeightsError: naming what is not as it was written.
+            WeightsError: The record or a tensor has changed; it names it.
         """
         record = read_json(self.folder / _RECORD)
         digests: Any = record.get("sha256")
@@ -112,11 +108,11 @@ class Entry:
             for name in _names(path, key, self.plan.sources[path])
         }
         if record.get("what") != self.what or not isinstance(digests, dict):
-            raise WeightsError(f"{_RECORD} is another's")
+            raise WeightsError(f"{_RECORD} belongs to another entry")
         for name, leaf in wanted.items():
-            there = tensors.get(name)
-            if there is None or (there.shape, there.dtype) != (leaf.shape, np.dtype(leaf.dtype)):
-                raise WeightsError(f"{name} is not there")
+            tensor = tensors.get(name)
+            if tensor is None or (tensor.shape, tensor.dtype) != (leaf.shape, np.dtype(leaf.dtype)):
+                raise WeightsError(f"{name} is missing or misshaped")
         with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
             for name, found in zip(
                 wanted, pool.map(lambda name: _sha256(tensors[name].read()), wanted), strict=True
@@ -125,10 +121,10 @@ class Entry:
                     raise WeightsError(f"the checksum of {name} does not match")
 
     def write(self, params: Tree) -> None:
-        """Write the quantized kernels of a tree, whole or not at all; a failure is only told.
+        """Write the quantized kernels of a tree atomically; a failure is only logged.
 
         Args:
-            params: what was read and quantized.
+            params: the tree with quantized kernels.
         """
         digests: dict[str, str] = {}
         tensors = {
@@ -139,17 +135,15 @@ class Entry:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(self.folder.parent).free
             if free < size:
-                raise OSError(
-                    f"{size / 1e9:.1f} GB are to be written, {free / 1e9:.1f} GB are free"
-                )
-            saying = f"writing {size / 1e9:.1f} GB of quantized kernels to {self.folder}"
-            with log_time(saying), atomic.replace_when_done(self.folder, unique=True) as temporary:
+                raise OSError(f"needs {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")
+            text = f"writing {size / 1e9:.1f} GB of quantized kernels to {self.folder}"
+            with log_time(text), atomic.replace_when_done(self.folder, unique=True) as temporary:
                 temporary.mkdir(mode=0o700)
                 write_model(temporary, tensors)
                 record = {"what": self.what, "sha256": digests}
                 (temporary / _RECORD).write_text(json.dumps(record, indent=1) + "\n")
         except OSError as error:
-            if not (self.folder / _RECORD).is_file():  # else another process was faster
+            if not (self.folder / _RECORD).is_file():  # otherwise another process was faster
                 _log.warning(
                     "%s: the quantized kernels could not be cached (%s); continuing without a"
                     " cache",
@@ -167,7 +161,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer of a leaf, whose checksum is noted as it is written."""
+    """One layer of a leaf, whose checksum is recorded when it is written."""
 
     name: str
     leaf: jax.Array
@@ -193,8 +187,8 @@ class _Layer:
 
 
 def _of_layer(leaf: jax.Array, layer: int) -> np.ndarray[Any, Any]:
-    """Return one layer of a leaf: by its parts, since of what waits in the host's memory JAX takes
-    no slice.
+    """Return one layer of a leaf, assembled from its shards if it is in host memory, where JAX
+    cannot slice.
     """
     if leaf.sharding.memory_kind == jax.local_devices()[0].default_memory().kind:
         return np.asarray(leaf[layer])
@@ -208,13 +202,12 @@ def _of_layer(leaf: jax.Array, layer: int) -> np.ndarray[Any, Any]:
 
 
 def entry(plan: WeightPlan, quant: Quant, sites: Mapping[Path, Site]) -> Entry | None:
-    """Find the place of a base that is to be quantized; None where it has none: it is small, or the
-    cache is off.
+    """Return the cache entry of a base; None if the base is small or the cache is off.
 
     Args:
         plan: where its kernels are read from.
         quant: how they are quantized.
-        sites: which, by the path of the kernel.
+        sites: sites of the quantized kernels, by the kernel's path.
     """
     root = cache.folder()
     sources = {path: plan.sources[path] for path in sites if path in plan.sources}
@@ -258,7 +251,7 @@ def _stamp(file: FilePath) -> list[int]:
 
 
 def _kernels(path: Path, source: LeafSource) -> Iterator[tuple[str, list[Any]]]:
-    """Yield the name of each layer of a kernel, and where its numbers come from."""
+    """Yield the name of each layer of a kernel, and where it is read from."""
     for name, tensor in zip(_names(path, path[-1], source), source.tensors, strict=True):
         if isinstance(tensor, Tensor):
             where = [str(tensor.file.resolve()), tensor.offset, list(tensor.shape)]
@@ -266,7 +259,7 @@ def _kernels(path: Path, source: LeafSource) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _names(path: Path, key: str, source: LeafSource) -> tuple[str, ...]:
-    """Return the names of a leaf beside a kernel: one, or one a layer."""
+    """Return the names of a leaf of a quantized kernel: one, or one per layer."""
     return paths.hf_names((*path[:-1], key), len(source.tensors) if source.stacked else None)
 
 

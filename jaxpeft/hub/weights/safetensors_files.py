@@ -1,12 +1,12 @@
-"""Reading safetensors files by byte range: the header is checked whole, the data is read slice by
-slice.
+"""Reading safetensors files by byte range: the full header is checked, the data is read in slices.
 
-Whole rows are read with `pread`: a mapped file counts as the process's memory once it is touched,
-and the model would be held twice. A part of each row is taken out of a mapping of a few rows, which
-is let go at once: a call for each row is two to three times as slow from a disk, and from the page
-cache where the parts are short (benchmarks/README.md).
+Full rows are read with `pread`: a mapped file counts toward the process's memory once it is
+touched, so that the model would take up memory twice. Parts of rows are copied from a mapping of a
+few rows, which is closed immediately: one call per row is two to three times as slow from a disk,
+and also from the page cache if the parts are short (benchmarks/README.md).
 
-Our own, since `safetensors` maps the whole file and does not count what was read.
+The `safetensors` library is not used because it maps the entire file and does not count the bytes
+read.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _MAX_HEADER = 100_000_000
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _PRIVATE = mmap.MAP_PRIVATE
-"""Shared mappings are refused by some file systems that are read over a network."""
+"""Some network file systems reject shared mappings."""
 Span = tuple[int, int]
 _PICKLES = (
     "pytorch_model.bin",
@@ -59,7 +59,7 @@ _PICKLES = (
 
 
 class Described(Protocol):
-    """What every kind of tensor says of itself."""
+    """The common properties of all kinds of tensors."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ class Described(Protocol):
 
 
 class Meter:
-    """Counts the bytes of tensors that were asked of files, by all threads."""
+    """Counts the bytes of tensors that all threads read from files."""
 
     def __init__(self) -> None:
         self._lock, self._bytes = threading.Lock(), 0
@@ -90,20 +90,20 @@ class Meter:
 
     @property
     def bytes(self) -> int:
-        """How many were asked for so far."""
+        """The number of bytes read so far."""
         return self._bytes
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one tensor's data is.
+    """The location of a tensor's data.
 
     Attributes:
         file: the file.
-        offset: of its first byte in the file.
+        offset: position of its first byte in the file.
         shape: row-major shape.
         dtype: NumPy dtype, with ml_dtypes for bfloat16 and float8.
-        meter: counts what is read of it; None for nothing.
+        meter: counts the bytes read from it; None for no counting.
     """
 
     file: Path
@@ -122,12 +122,12 @@ class Tensor:
 
         Args:
             start: the first row.
-            stop: the row behind the last.
-            columns: from where to where along the second axis; None for all of it. Of the rows no
-                more is asked of the file.
+            stop: one past the last row.
+            columns: start and stop along the second axis; None for all columns. No other parts of
+                the rows are read.
 
         Raises:
-            WeightsError: the file ends too early.
+            WeightsError: The file is truncated.
         """
         if columns is not None and columns != (0, self.shape[1]):
             return self._segments(start, stop, columns)
@@ -148,8 +148,7 @@ class Tensor:
             size = os.fstat(file.fileno()).st_size
             if (
                 size < last
-                # what lies behind the end of a file can be mapped, and ends the process when it is
-                # touched
+                # pages past the end of a file can be mapped, but accessing them kills the process
             ):
                 raise WeightsError(_cut_short(self.file, size))
             with mmap.mmap(
@@ -161,7 +160,7 @@ class Tensor:
                 out.reshape(len(out), -1).view(np.uint8)[...] = rows[
                     :, columns[0] * one : columns[1] * one
                 ]
-                del rows  # else the mapping cannot be let go
+                del rows  # otherwise the mapping cannot be closed
         self._count(out.nbytes)
         return out
 
@@ -170,7 +169,7 @@ class Tensor:
             self.meter.add(asked)
 
     def read(self) -> np.ndarray[Any, Any]:
-        """Read the whole tensor."""
+        """Read the entire tensor."""
         return self._read(self.offset, self.shape)
 
     def _read(self, offset: int, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
@@ -194,9 +193,7 @@ def _cut_short(file: Path, size: int) -> str:
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
-    """Make an uninitialized array at a 64-byte boundary, which JAX takes over on the CPU without a
-    copy.
-    """
+    """Return an uninitialized 64-byte aligned array, which JAX uses on the CPU without a copy."""
     nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = np.empty(nbytes + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -207,36 +204,37 @@ def open_folder(folder: Path, meter: Meter | None = None) -> dict[str, Tensor]:
     """Read the headers of a model folder's weight files.
 
     Args:
-        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files that it
-            names.
-        meter: counts what is read of the tensors; None for nothing.
+        folder: folder with `model.safetensors`, or with `model.safetensors.index.json` and the
+            files that it names.
+        meter: counts the bytes read from the tensors; None for no counting.
 
     Returns:
-        Every tensor by its name.
+        All tensors by name.
 
     Raises:
-        WeightsError: listing every file that is missing or is not safetensors, and every tensor
-            that two files hold.
+        WeightsError: Files are missing or are not safetensors, or a tensor is in two files; it
+            lists all of them.
     """
     found = _open_sharded(folder) if (folder / INDEX).is_file() else None
     if found is None and (folder / SINGLE).is_file():
         found = read_header(folder / SINGLE)
     if found is not None:
         return {name: dataclasses.replace(tensor, meter=meter) for name, tensor in found.items()}
-    there = sorted(p.name for p in folder.iterdir())
+    files = sorted(p.name for p in folder.iterdir())
     pickled = [
         name
-        for name in there
+        for name in files
         if name in _PICKLES or name.endswith((".bin", ".pt", ".pth", ".ckpt"))
     ]
     if pickled:
         raise WeightsError(
-            f"{folder}: holds {pickled[0]}, a pickle, which can run code and is never read; convert"
-            f" it to {SINGLE} where you trust it (in transformers: model.save_pretrained(folder))"
+            f"{folder}: contains {pickled[0]}, a pickle, which can run code and is never read; if"
+            f" you trust it, convert it to {SINGLE} (in transformers:"
+            " model.save_pretrained(folder))"
         )
     raise WeightsError(
-        f"{folder}: no {SINGLE} and no {INDEX}; the folder holds"
-        f" {', '.join(there[:10]) or 'nothing'}"
+        f"{folder}: no {SINGLE} and no {INDEX}; the folder contains"
+        f" {', '.join(files[:10]) or 'nothing'}"
     )
 
 
@@ -263,7 +261,7 @@ def _open_sharded(folder: Path) -> dict[str, Tensor]:
         found |= tensors
     if not problems:
         problems = [
-            f"{name}: {INDEX} says {file}, which does not hold it"
+            f"{name}: {INDEX} says that it is in {file}, but it is not"
             for name, file in where.items()
             if name not in found or found[name].file.name != file
         ]
@@ -273,11 +271,11 @@ def _open_sharded(folder: Path) -> dict[str, Tensor]:
 
 
 def read_header(path: Path) -> dict[str, Tensor]:
-    """Read and checks the header of one safetensors file.
+    """Read and check the header of a safetensors file.
 
     Raises:
-        WeightsError: saying what the file is in place of safetensors (a Git LFS pointer, HTML, a
-            pickle, truncated).
+        WeightsError: It is not safetensors; the message says what it is instead (a Git LFS pointer,
+            HTML, a pickle, a truncated file).
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; fetch the model again")
@@ -329,8 +327,7 @@ def _tensors(path: Path, header: Mapping[str, Any], data: int, size: int) -> dic
         tensor = _tensor(path, entry, data)
         if tensor is None:
             problems.append(
-                f"{path}: {name}: malformed header entry, or a dtype that is not known"
-                f" ({str(entry)[:80]})"
+                f"{path}: {name}: malformed header entry or unknown dtype ({str(entry)[:80]})"
             )
         elif tensor.offset + tensor.nbytes > size:
             missing = tensor.offset + tensor.nbytes - size
@@ -341,7 +338,7 @@ def _tensors(path: Path, header: Mapping[str, Any], data: int, size: int) -> dic
             found[name] = tensor
     problems += _overlaps(path, found)
     if not problems and (left := size - data - sum(tensor.nbytes for tensor in found.values())):
-        problems.append(f"{path}: {left} bytes belong to no tensor; fetch the file again")
+        problems.append(f"{path}: {left} bytes do not belong to a tensor; fetch the file again")
     if problems:
         shown = problems[:20] + (
             [f"... and {len(problems) - 20} more"] if len(problems) > 20 else []

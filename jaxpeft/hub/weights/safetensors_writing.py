@@ -1,7 +1,6 @@
-"""Writing safetensors files tensor by tensor, so that no file need be in memory, in shards with
-their index.
+"""Writing safetensors files one tensor at a time, with shards and their index.
 
-Our own, since `safetensors` writes a file from a dict of all of its tensors.
+The `safetensors` library is not used because it needs all tensors of a file in memory.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class Readable(Described, Protocol):
     """A tensor that is read when it is written."""
 
     def read(self) -> np.ndarray[Any, Any]:
-        """Return its numbers."""
+        """Return the tensor's values."""
         ...
 
 
@@ -51,9 +50,7 @@ class _Array:
 
 
 def write_arrays(arrays: Mapping[str, np.ndarray[Any, Any]], path: Path) -> None:
-    """Write arrays to one safetensors file, whatever their order in memory; its mode is that of any
-    new file.
-    """
+    """Write arrays of any memory layout to one safetensors file, with default file permissions."""
     write_file(path, {name: _Array(np.asarray(array)) for name, array in arrays.items()})
 
 
@@ -63,9 +60,9 @@ def write_model(
     """Write the weights of a model: `model.safetensors`, or shards and the index that names them.
 
     Args:
-        folder: where to.
-        tensors: by name, in the order in which they are to be put into shards.
-        shard_bytes: the most bytes of tensors in a file; a larger tensor has a file of its own.
+        folder: destination folder.
+        tensors: tensors by name, in the order of the shards.
+        shard_bytes: maximum size of the tensors in a file; a larger tensor has its own file.
 
     Returns:
         The names of the files.
@@ -101,9 +98,7 @@ def _shards(tensors: Mapping[str, Readable], most: int) -> list[list[str]]:
 
 
 def write_file(path: Path, tensors: Mapping[str, Readable]) -> None:
-    """Write one safetensors file, those of the widest numbers first: each tensor then begin where
-    its numbers may.
-    """
+    """Write one safetensors file, with the widest dtypes first so that every tensor is aligned."""
     ordered = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0

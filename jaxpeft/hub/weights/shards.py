@@ -1,8 +1,8 @@
-"""Reading leaves into their shards: a process reads the parts that its own devices hold, each once,
-and nothing else.
+"""Reading leaves into their shards: each process reads exactly the shards of its own devices, each
+of them once.
 
-A kernel is stored as its transpose, `[out, in]`: a part along `out` is one range of bytes of the
-file, a part along `in` a piece of each row.
+A kernel is stored as its transpose, `[out, in]`: a shard along `out` is one byte range of the file,
+a shard along `in` is a piece of each row.
 """
 
 from __future__ import annotations
@@ -35,23 +35,21 @@ def read(
     sharding: Places | None = None,
     quant: Quant | None = None,
 ) -> Tree:
-    """Read every leaf, straight into device arrays; kernels that are quantized one layer after the
-    other.
+    """Read every leaf directly into device arrays, quantizing kernels layer by layer.
 
     Args:
-        abstract: the model's tree, for the order of the leaves.
-        weights: what `plan` gave.
-        new: the newly made leaves, by path, whole.
-        sharding: for all leaves, or what gives that of each by its path, as it is stored: of a
-            quantized kernel those of the leaves that hold it, such as `(..., "kernel_nf4")`; None
-            for this process's first device. One sharding for all leaves is left out where it does
-            not fit a leaf of a quantized kernel or of a new head, which every device then holds
-            whole.
-        quant: which kernels are quantized, and how; None for none.
+        abstract: the model's tree, which determines the order of the leaves.
+        weights: the plan from `leaf_tensors.plan`.
+        new: newly initialized leaves by path, unsharded.
+        sharding: one sharding for all leaves, or a function from the path of a stored leaf (for a
+            quantized kernel, paths such as `(..., "kernel_nf4")`) to its sharding; None for this
+            process's first device. A leaf of a quantized kernel or of a new head is replicated if
+            the one sharding for all leaves does not fit it.
+        quant: which kernels are quantized, and how; None for no quantization.
 
     Raises:
-        ConfigError: a sharding does not fit its leaf.
-        WeightsError: a file cannot be read.
+        ConfigError: A sharding does not fit its leaf.
+        WeightsError: A file cannot be read.
     """
     place = SingleDeviceSharding(jax.local_devices()[0]) if sharding is None else sharding
     chosen = {} if quant is None else quant.sites(abstract)
@@ -60,7 +58,7 @@ def read(
         for item in _read_leaf(
             path, weights, new, place, quant if path in chosen else None, chosen.get(path)
         ):
-            if items:  # a copy to a device goes on while the next part is read, and no further
+            if items:  # at most one transfer to a device overlaps with reading
                 jax.block_until_ready(items[-1][1])
             items.append(item)
     return paths.build(items)
@@ -74,7 +72,7 @@ def _read_leaf(
     quant: Quant | None,
     site: Site | None,
 ) -> Iterator[tuple[Path, jax.Array]]:
-    """Read one leaf of the model, which a quantized kernel holds in several."""
+    """Read one leaf of the model; a quantized kernel yields several."""
     source, module = weights.sources.get(path), path[:-1]
     if path in weights.held:
         for key, leaf in weights.held[path].items():
@@ -93,12 +91,12 @@ def _read_leaf(
             for key, leaf in leaves.items()
         }
         layers = source.shape[0] if source.stacked else None
-        made = sharded.store_sharded(quant, partial(_layer, source), layers, at)
-        yield from (((*module, key), leaf) for key, leaf in made.items())
+        stored = sharded.store_sharded(quant, partial(_layer, source), layers, at)
+        yield from (((*module, key), leaf) for key, leaf in stored.items())
 
 
 def _quantize(source: LeafSource, quant: Quant, site: Site) -> dict[str, jax.ShapeDtypeStruct]:
-    """Return the leaves that a kernel becomes, by their names."""
+    """Return the abstract leaves of a kernel after quantization, by name."""
     layers = source.shape[:1] if source.stacked else ()
     leaves = quant.abstract(site.shape, source.dtype)
     return {
@@ -108,12 +106,12 @@ def _quantize(source: LeafSource, quant: Quant, site: Site) -> dict[str, jax.Sha
 
 
 def leaves(abstract: Tree, weights: WeightPlan, quant: Quant | None = None) -> Tree:
-    """Return shape and dtype of every leaf that `read` would give, as it is stored.
+    """Return shape and dtype of every leaf that `read` returns.
 
     Args:
         abstract: the model's tree.
-        weights: what `plan` gave.
-        quant: which kernels are quantized, and how; None for none.
+        weights: the plan from `leaf_tensors.plan`.
+        quant: which kernels are quantized, and how; None for no quantization.
     """
     chosen = {} if quant is None else quant.sites(abstract)
     items: list[tuple[Path, Any]] = []
@@ -135,20 +133,20 @@ def _place(place: Places, path: Path, shape: tuple[int, ...], *, lenient: bool =
     """Return the sharding of one leaf.
 
     Raises:
-        ConfigError: it does not fit.
+        ConfigError: The sharding does not fit.
     """
     found = place if isinstance(place, Sharding) else place(path)
     try:
         found.shard_shape(shape)
-    except (ValueError, IndexError) as error:  # IndexError where the leaf has fewer axes
+    except (ValueError, IndexError) as error:  # IndexError if the leaf has fewer axes
         if not isinstance(found, NamedSharding):
             raise
         if lenient and isinstance(place, Sharding):
             return NamedSharding(found.mesh, PartitionSpec(), memory_kind=found.memory_kind)
         raise ConfigError(
-            f"sharding: {paths.text(path)} is {list(shape)}, which {tuple(found.spec)} over"
-            f" {dict(found.mesh.shape)} does not cut evenly; leave out the axes that do not"
-            " divide it"
+            f"sharding: {paths.text(path)} with shape {list(shape)} is not evenly divisible by"
+            f" {tuple(found.spec)} over {dict(found.mesh.shape)}; omit the axes that do not divide"
+            " it"
         ) from error
     return found
 
@@ -156,9 +154,7 @@ def _place(place: Places, path: Path, shape: tuple[int, ...], *, lenient: bool =
 def _put(
     shape: tuple[int, ...], dtype: Any, sharding: Sharding, read: Callable[[Index | None], _Array]
 ) -> jax.Array:
-    """Read the parts of a leaf that this process holds, one after the other, onto the devices that
-    hold them.
-    """
+    """Read this process's shards of a leaf one after the other, and put them on their devices."""
     at = sharding.addressable_devices_indices_map(shape)
     holders: dict[Any, list[Any]] = {}
     for device, index in at.items():

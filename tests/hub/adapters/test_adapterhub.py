@@ -326,11 +326,11 @@ def test_the_files_and_their_content(tmp_path: Path) -> None:
         ({"something_new": 3}, "something_new: 3 is not supported"),
         (
             {"original_ln_after": False},
-            "original_ln_after False, residual_before_ln True: together none of the placements",
+            "original_ln_after False, residual_before_ln True: does not match a placement",
         ),
         (
             {"residual_before_ln": "post_add"},
-            "residual_before_ln 'post_add': together none of the placements",
+            "residual_before_ln 'post_add': does not match a placement",
         ),
         (
             {"mh_adapter": False, "output_adapter": False},
@@ -342,12 +342,12 @@ def test_the_files_and_their_content(tmp_path: Path) -> None:
         ),
         (
             {"reduction_factor": None},
-            "reduction_factor: is not set; take it from where the adapter was trained",
+            "reduction_factor: is not set; use the value of the adapter's training",
         ),
         ({"non_linearity": "prelu"}, "adapter.non_linearity: must be one of"),
         (
             {"architecture": "lora"},
-            "architecture: 'lora' is not supported; of this library bottleneck adapters are",
+            "architecture: 'lora' is not supported; only this library's bottleneck adapters are",
         ),
         (
             {"mh_adapter": True},
@@ -420,7 +420,7 @@ def test_a_pickle_is_refused_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "adapter.safetensors").rename(tmp_path / "pytorch_adapter.bin")
     said = folder.problem()
     assert (
-        "no adapter.safetensors: the folder holds pytorch_adapter.bin, a pickle, which is never"
+        "no adapter.safetensors: the folder contains pytorch_adapter.bin, a pickle, which is never"
         " read" in said
     )
     assert (
@@ -434,7 +434,7 @@ def test_an_adapter_of_another_library_is_not_overwritten(tmp_path: Path) -> Non
     other = jaxpeft.LoRA(rank=2)
     with pytest.raises(
         AdapterError,
-        match=r"holds adapter.safetensors, an adapter of the adapters library \(AdapterHub\)",
+        match=r"contains adapter.safetensors, an adapter of the adapters library \(AdapterHub\)",
     ):
         jaxpeft.save_adapter(
             tmp_path, other, jaxpeft.rewrite(other, folder.base, jax.random.key(0)), folder.model
@@ -457,7 +457,7 @@ def test_an_adapter_without_a_head_leaves_the_model_its_own(
         (tmp_path / file).unlink()
     with caplog.at_level(logging.WARNING):
         _, params = folder.load()
-    assert "holds no model_head.safetensors; the model's own head stays as it is" in caplog.text
+    assert "has no model_head.safetensors; the model's own head is kept" in caplog.text
     np.testing.assert_array_equal(
         params["classifier"]["kernel"], folder.base["classifier"]["kernel"]
     )
@@ -497,11 +497,11 @@ FLEX = {"head_type": "classification", "layers": 1, "activation_function": None,
     [
         (
             {"model_class": "BertForTokenClassification"},
-            "'BertForTokenClassification' is another kind of head",
+            "'BertForTokenClassification' has a different kind of head",
         ),
         (
             {"config": FLEX | {"head_type": "tagging"}},
-            "head_type: 'tagging' is another kind of head than sequence_classification",
+            "head_type: 'tagging' is not a head for sequence_classification",
         ),
         (
             {"config": FLEX | {"layers": 2}},
@@ -509,7 +509,7 @@ FLEX = {"head_type": "classification", "layers": 1, "activation_function": None,
         ),
         (
             {"config": FLEX | {"use_pooler": False}},
-            "the head reads 'cls', the model 'pooler'; load the model with pooling='cls'",
+            "the head uses pooling 'cls', the model 'pooler'; load the model with pooling='cls'",
         ),
     ],
 )
@@ -526,7 +526,7 @@ def test_a_head_that_reads_elsewhere_is_refused_where_it_is_not_our_own(tmp_path
     folder.load()
     (tmp_path / "jaxpeft.json").unlink()
     assert (
-        "the head reads 'pooler', the model 'mean'; load the model with pooling='pooler'"
+        "the head uses pooling 'pooler', the model 'mean'; load the model with pooling='pooler'"
         in folder.problem()
     )
 
@@ -540,7 +540,7 @@ def test_a_language_model_head_must_be_that_of_the_base(tmp_path: Path, trained:
     save_file({"lm_head.weight": head}, tmp_path / "model_head.safetensors")
     if trained:
         assert (
-            "lm_head.weight is not that of the base: it was trained with the adapter"
+            "lm_head.weight differs from the base's: it was trained with the adapter"
             in folder.problem()
         )
     else:
@@ -549,7 +549,8 @@ def test_a_language_model_head_must_be_that_of_the_base(tmp_path: Path, trained:
 
 def test_sites_that_the_library_does_not_adapt_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(
-        AdapterError, match="query: the adapters library has adapters where a sub-layer ends only"
+        AdapterError,
+        match="query: the adapters library supports adapters only at the end of a sub-layer",
     ):
         saved(tmp_path, jaxpeft.Adapter(placement="houlsby", targets=("query",)))
     with pytest.raises(
@@ -562,6 +563,6 @@ def test_sites_that_the_library_does_not_adapt_cannot_be_saved(tmp_path: Path) -
             ),
         )
     with pytest.raises(
-        ConfigError, match="modules_to_save: files of the adapters library have no place"
+        ConfigError, match="modules_to_save: files of the adapters library cannot store"
     ):
         jaxpeft.Adapter(modules_to_save=("pooler",))

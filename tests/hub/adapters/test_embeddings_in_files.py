@@ -195,7 +195,7 @@ REFUSED = {
     ),
     "embedding whole": (
         {"target_modules": QV, "modules_to_save": ["embed_tokens"]},
-        r"PEFT untied them, and this model ties them",
+        r"PEFT untied them, but this model ties them",
     ),
 }
 
@@ -268,7 +268,7 @@ def test_virtual_tokens_without_a_task_are_refused_for_peft_leaves_them_out(
     jaxpeft.load_adapter(tmp_path / "a", model, base)
     edit_json(tmp_path / "a" / "adapter_config.json", lambda config: config.update(task_type=None))
     with pytest.raises(
-        AdapterError, match="task_type: is not set, and PEFT then computes the base alone"
+        AdapterError, match="task_type: is not set, so PEFT would ignore the virtual tokens"
     ):
         jaxpeft.load_adapter(tmp_path / "a", model, base)
     from peft import PeftModel

@@ -45,7 +45,7 @@ def test_a_flipped_bit_is_refused_by_the_name_of_its_tensor(save, tensor, bit):
     (problem,) = saved.problems()
     assert (
         problem
-        == f"{saved.folder / WEIGHTS}: {tensor}: its SHA-256 is not the one of jaxpeft.json; copy"
+        == f"{saved.folder / WEIGHTS}: {tensor}: its SHA-256 differs from jaxpeft.json; copy"
         " the adapter again; if it was changed on purpose, remove 'sha256' from"
         f" {saved.folder / EXTRA}"
     )
@@ -71,8 +71,7 @@ def test_a_flipped_bit_is_found_in_the_files_of_every_layout(save, method, kind,
         file.write_bytes(raw[:-3] + bytes([raw[-3] ^ 1]) + raw[-2:])
         (problem,) = saved.problems()
         assert (
-            problem.startswith(f"{file}: ")
-            and "its SHA-256 is not the one of jaxpeft.json" in problem
+            problem.startswith(f"{file}: ") and "its SHA-256 differs from jaxpeft.json" in problem
         )
         file.write_bytes(raw)
     assert_bit_equal(saved.load()[1], saved.params)
@@ -95,11 +94,11 @@ def test_an_adapter_that_peft_has_saved_again_is_told_apart_from_damage(save):
     theirs.save_pretrained(saved.folder)
     (problem,) = saved.problems()
     assert (
-        f"{saved.folder}: was saved again, by another library, since jaxpeft.json was written: 8"
-        " tensors of" in problem
+        f"{saved.folder}: another library saved this folder after jaxpeft.json was written: the"
+        " SHA-256 of 8 tensors of" in problem
     )
     assert problem.endswith(
-        f"remove 'sha256' from {saved.folder / EXTRA}; if not, copy the adapter again"
+        f"remove 'sha256' from {saved.folder / EXTRA}; otherwise copy the adapter again"
     )
     drop_record(saved.folder)
     saved.load()
@@ -114,10 +113,10 @@ def test_an_edited_field_is_believed_and_told(save, caplog):
     told = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert told == [
         (
-            f"{saved.folder / 'adapter_config.json'}: edited since it was saved, and accepted as it"
-            " stands: lora_alpha"
+            f"{saved.folder / 'adapter_config.json'}: edited since it was saved; the edited"
+            " values are used: lora_alpha"
         ),
-        f"{saved.folder / EXTRA}: edited since it was saved, and accepted as it stands: labels",
+        f"{saved.folder / EXTRA}: edited since it was saved; the edited values are used: labels",
     ]
 
 
@@ -130,11 +129,8 @@ def test_what_nothing_vouches_for_is_told(save, caplog, whole):
     else:
         drop_record(saved.folder)
     saved.load()
-    why = f"there is no {EXTRA}" if whole else f"{EXTRA} holds no sha256"
-    assert (
-        f"{saved.folder}: {why}; that the files are as they were saved is not checked"
-        in caplog.text
-    )
+    why = f"no {EXTRA}" if whole else f"{EXTRA} has no sha256"
+    assert f"{saved.folder}: {why}; the files are not checked for changes" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------ hostile
@@ -142,13 +138,13 @@ def test_what_nothing_vouches_for_is_told(save, caplog, whole):
 HOSTILE = {
     "labels of another type": (
         {"labels": "abc"},
-        "labels: must be a list of names, each once, is 'abc'",
+        "labels: must be a list of unique names, is 'abc'",
     ),
     "labels that are not text": (
         {"labels": [1, 2, 3]},
-        "labels: must be a list of names, each once, is [1, 2, 3]",
+        "labels: must be a list of unique names, is [1, 2, 3]",
     ),
-    "a label twice": ({"labels": ["a", "a", "b"]}, "labels: must be a list of names, each once"),
+    "a label twice": ({"labels": ["a", "a", "b"]}, "labels: must be a list of unique names"),
     "labels of another number": ({"labels": ["a"]}, "labels: 1 names for num_labels 3; fix it"),
     "a task that is none": ({"task": "x" * 500}, "task: must be one of causal_lm, "),
     "a number in a task's place": ({"task": 3}, "task: must be one of causal_lm, "),
@@ -157,21 +153,21 @@ HOSTILE = {
         {"problem_type": "sigmoid"},
         "problem_type: must be one of single_label_",
     ),
-    "vocab_size": ({"vocab_size": 10**299}, "vocab_size: must be a whole number above 0, is 1000"),
-    "num_labels": ({"num_labels": True}, "num_labels: must be a whole number above 0, is True"),
-    "quant": ({"quant": "nf4"}, "quant: 'nf4' is not of this version of jaxpeft"),
+    "vocab_size": ({"vocab_size": 10**299}, "vocab_size: must be a positive integer, is 1000"),
+    "num_labels": ({"num_labels": True}, "num_labels: must be a positive integer, is True"),
+    "quant": ({"quant": "nf4"}, "quant: 'nf4' is not supported by this version of jaxpeft"),
     "base_sha256": ({"base_sha256": [1]}, "base_sha256: must be 64 hexadecimal digits, is [1]"),
     "sha256": (
         {"sha256": ["a"]},
-        "sha256: must hold the SHA-256 of every item by the name of its file",
+        "sha256: must map each file name to the SHA-256 of its items",
     ),
     "sha256 of a file": (
         {"sha256": {WEIGHTS: {"x": 3}}},
-        "sha256: must hold the SHA-256 of every item",
+        "sha256: must map each file name to the SHA-256",
     ),
     "a file elsewhere": (
         {"sha256": {"../x.safetensors": {}}},
-        "sha256: must hold the SHA-256 of every item",
+        "sha256: must map each file name to the SHA-256",
     ),
 }
 

@@ -76,7 +76,7 @@ def test_scanned_and_unrolled_layers_share_their_adapters(save, bias):
 def test_a_stacked_bias_is_not_trained_for_some_of_its_layers(save):
     with pytest.raises(
         ConfigError,
-        match=r"key/bias is one stacked leaf, and it is to be trained in 1 of its 2 layers",
+        match=r"key/bias is one stacked leaf, but only 1 of its 2 layers are to be trained",
     ):
         save(LoRA(targets=("key",), bias="lora_only", layers_to_transform=(0,)), scan_layers=True)
 
@@ -154,7 +154,7 @@ def test_a_trained_leaf_that_is_not_finite_is_not_saved(save, tmp_path):
         jaxpeft.save_adapter(tmp_path / "new", METHOD, saved.params, saved.model)
     names = [f"{QUERY}.lora_B.weight", "base_model.model.classifier.bias"]
     assert sorted(caught.value.problems) == [
-        f"{tmp_path / 'new'}: {n} holds NaN or infinity; not saved" for n in names
+        f"{tmp_path / 'new'}: {n} contains NaN or infinity; not saved" for n in names
     ]
     assert not list((tmp_path / "new").glob("*"))
 

@@ -332,17 +332,17 @@ def test_what_peft_saves_is_loaded(reference, tmp_path, kind, task, options):
     [
         (
             {"rank": 2},
-            "layers.0.self_attn.q_proj: lora_a is [32, 4] in the tree, the method makes it [32, 2]",
+            "layers.0.self_attn.q_proj: lora_a is [32, 4] in the tree, the method makes [32, 2]",
         ),
-        ({"alpha": 99.0}, "lora_scale is 1.5 in the tree, the method makes it 24.75"),
-        ({"rank": 8, "alpha": 12.0}, "lora_a is [32, 4] in the tree, the method makes it [32, 8]"),
+        ({"alpha": 99.0}, "lora_scale is 1.5 in the tree, the method makes 24.75"),
+        ({"rank": 8, "alpha": 12.0}, "lora_a is [32, 4] in the tree, the method makes [32, 8]"),
         (
             {"targets": ("q_proj", "k_proj")},
             "layers.0.self_attn.k_proj: is not adapted in the tree",
         ),
         (
             {"targets": ("q_proj",)},
-            "v_proj: holds lora_a in the tree, the method does not adapt it",
+            "v_proj: has lora_a in the tree, but the method does not adapt it",
         ),
     ],
 )
@@ -366,7 +366,7 @@ def test_the_trained_part_alone_is_refused(reference, tmp_path):
     params = jaxpeft.rewrite(method, params, jax.random.key(0))
     part, _ = jaxpeft.partition(params, jaxpeft.trainable_mask(method, params))
     with pytest.raises(
-        AdapterError, match=r"leaves of the model are missing, such as .*; give the whole tree"
+        AdapterError, match=r"leaves of the model are missing, such as .*; pass the complete tree"
     ):
         jaxpeft.save_adapter(tmp_path, method, part, model)
 
@@ -392,7 +392,7 @@ def test_a_pooling_that_peft_does_not_know_is_said(reference, tmp_path, caplog, 
     method = LoRA()
     params = jaxpeft.rewrite(method, params, jax.random.key(0))
     jaxpeft.save_adapter(tmp_path, method, params, model)
-    assert "in peft its logits are others" in caplog.text
+    assert "so its logits in peft differ" in caplog.text
     assert "pooling='mean'" in (tmp_path / "README.md").read_text()
 
 

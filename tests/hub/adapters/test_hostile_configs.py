@@ -17,37 +17,37 @@ SIZES = {
     "layers": (
         "llama",
         {"num_hidden_layers": 9_999},
-        r"/config\.json: num_hidden_layers is 9999, there are 2 layers in the weights",
+        r"/config\.json: num_hidden_layers is 9999, but there are only 2 layers in the weights",
     ),
     "layers of distilbert": (
         "distilbert",
         {"n_layers": 5_000},
-        r"/config\.json: n_layers is 5000, there are 2 layers in the weights",
+        r"/config\.json: n_layers is 5000, but there are only 2 layers in the weights",
     ),
     "vocabulary": (
         "qwen3",
         {"vocab_size": 16_000_000},
-        r"vocab_size is 16000000, there are 99 in model\.embed_tokens\.weight",
+        r"vocab_size is 16000000, but there are only 99 in model\.embed_tokens\.weight",
     ),
     "width": (
         "mistral",
         {"hidden_size": 1 << 20},
-        r"hidden_size is 1048576, there are \d+ in model\.embed_tokens\.weight",
+        r"hidden_size is 1048576, but there are only \d+ in model\.embed_tokens\.weight",
     ),
     "width of distilbert": (
         "distilbert",
         {"dim": 1 << 20},
-        r"dim is 1048576, there are \d+ in distilbert\.embeddings\.word",
+        r"dim is 1048576, but there are only \d+ in distilbert\.embeddings\.word",
     ),
     "too many layers": (
         "bert",
         {"num_hidden_layers": 10**9},
-        r"num_hidden_layers: must be a whole number of at most 10000, is 1000000000",
+        r"num_hidden_layers: must be an integer of at most 10000, is 1000000000",
     ),
     "positions": (
         "roberta",
         {"max_position_embeddings": 10**9},
-        r"max_position_embeddings: must be a whole number of at most \d+, is 10",
+        r"max_position_embeddings: must be an integer of at most \d+, is 10",
     ),
     "positions in the file": (
         "bert",

@@ -186,7 +186,7 @@ def test_what_peft_writes_is_read(options, wanted):
             "use_qalora: True is not supported by the lora method; nothing was loaded",
         ),
         ({"fan_in_fan_out": True}, "fan_in_fan_out: True is not supported"),
-        ({"trainable_token_indices": "3"}, "trainable_token_indices: must be ids of tokens"),
+        ({"trainable_token_indices": "3"}, "trainable_token_indices: must be token ids"),
         (
             {"target_parameters": ["mlp.experts"]},
             "target_parameters: ['mlp.experts'] is not supported",
@@ -195,7 +195,7 @@ def test_what_peft_writes_is_read(options, wanted):
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: [1] is not supported"),
         (
             {"init_lora_weights": "pissa"},
-            "init_lora_weights: 'pissa' changed the base when training began; save it conv",
+            "init_lora_weights: 'pissa' changed the base at initialization; save the adapter conv",
         ),
         (
             {"init_lora_weights": "pissa_niter_4"},
@@ -216,7 +216,7 @@ def test_what_is_not_supported_is_refused(options, message):
 @pytest.mark.parametrize("key", ["r", "lora_alpha"])
 def test_rank_and_alpha_must_be_there(key):
     (problem,) = problems({k: v for k, v in MINIMUM.items() if k != key})
-    assert problem.startswith(f"{key}: is not set; take it from where the adapter was trained")
+    assert problem.startswith(f"{key}: is not set; use the value of the adapter's training")
 
 
 def test_a_setting_of_a_later_peft_is_refused_when_it_is_on():
@@ -253,7 +253,7 @@ def test_every_problem_comes_at_once():
 def test_options_that_exclude_each_other_are_refused():
     (problem,) = problems({**MINIMUM, "target_modules": ".*q_proj", "layers_to_transform": [0]})
     assert problem.startswith(
-        "lora.layers_to_transform: cannot go with a regular expression in targets"
+        "lora.layers_to_transform: cannot be used with a regular expression in targets"
     )
 
 

@@ -48,7 +48,7 @@ def test_a_pickled_adapter_is_refused_without_reading_it(save, no_unpickling):
     (saved.folder / "adapter_model.bin").write_bytes(pickle.dumps({"x": 1}))
     (problem,) = saved.problems()
     assert problem.endswith(
-        f"no {WEIGHTS}: the folder holds adapter_model.bin, a pickle, which is never read; save it"
+        f"no {WEIGHTS}: the folder contains adapter_model.bin, a pickle, which is never read; save it"
         " as safetensors"
     )
 
@@ -112,8 +112,8 @@ def test_a_changed_base_is_refused(save, tmp_path):
     other = edited(saved.model.source.folder, tmp_path / "other", nudge)
     (problem,) = saved.problems(base=other)
     assert (
-        f"jaxpeft.json: the adapter was trained on another base ('{saved.model.source.name}') than"
-        f" {other}: " in problem
+        f"jaxpeft.json: the adapter was trained on another base ('{saved.model.source.name}'),"
+        f" not {other}: " in problem
     )
     assert (
         "the weights differ (base_sha256 " in problem
@@ -131,16 +131,16 @@ def test_another_task_pooling_and_base_are_listed_together(save, tmp_path):
     edit_json(saved.folder / "jaxpeft.json", lambda extra: extra.update(pooling="mean"))
     task, pooling, base = saved.problems(base=other, task="token_classification")
     assert task.endswith(
-        "adapter_config.json: task_type is SEQ_CLS, the model is loaded for TOKEN_CLS"
+        "adapter_config.json: task_type is SEQ_CLS, but the model is loaded for TOKEN_CLS"
     )
-    assert pooling.endswith("jaxpeft.json: pooling is 'mean', the model has None")
+    assert pooling.endswith("jaxpeft.json: pooling is 'mean', but the model has None")
     assert "another base" in base
 
 
 def test_another_pooling_is_refused(save):
     saved = save(pooling="mean")
     assert saved.problems(pooling="cls") == [
-        f"{saved.folder / 'jaxpeft.json'}: pooling is 'mean', the model has 'cls'"
+        f"{saved.folder / 'jaxpeft.json'}: pooling is 'mean', but the model has 'cls'"
     ]
     assert_bit_equal(saved.load(pooling="mean")[1], saved.params)
 
@@ -161,7 +161,7 @@ def test_another_number_of_labels_is_refused(save):
 def test_a_base_that_is_already_adapted_is_refused(save):
     saved = save()
     with pytest.raises(
-        ConfigError, match=r"already holds lora leaves; rewrite the base, or merge first"
+        ConfigError, match=r"already has lora leaves; rewrite the base, or merge first"
     ):
         jaxpeft.load_adapter(saved.folder, saved.model, saved.params)
 
@@ -229,11 +229,11 @@ def test_unsupported_settings_are_listed_at_once_and_nothing_is_loaded(save):
     ]
     starts = [
         "lora.rank: must be at least 1, is 0",
-        "init_lora_weights: 'pissa_niter_4' changed the base when training",
+        "init_lora_weights: 'pissa_niter_4' changed the base at initialization",
     ]
     starts += [
         "use_qalora: True is not supported",
-        "trainable_token_indices: must be ids of tokens",
+        "trainable_token_indices: must be token ids",
     ]
     assert len(found) == len(starts)
     for start in starts:
@@ -253,7 +253,7 @@ def test_an_adapter_of_another_method_is_refused(save):
         ({"rank_pattern": {"q_proj": 3}}, r"rank_pattern: 'q_proj' matches no adapted site"),
         (
             {"modules_to_save": ["lm_head"]},
-            r"modules_to_save: 'lm_head' names no module of the model",
+            r"modules_to_save: 'lm_head' matches no module of the model",
         ),
         ({"layers_to_transform": [7]}, r"layers_to_transform: no layer 7; the model has 0 to 1"),
     ],
@@ -281,4 +281,4 @@ def test_settings_that_name_nothing_in_the_model_are_refused(save, values, messa
 def test_a_mixed_adapter_names_a_folder_for_each_of_its_methods(save, change):
     saved = save(Mixed(methods=(METHOD, LNTuning())))
     edit_json(saved.folder / "jaxpeft_parts.json", lambda content: content.update(change))
-    assert "must name a folder for each method in 'parts', and the methods" in saved.problems()[0]
+    assert "must have 'parts' with a folder for each method, and 'method'" in saved.problems()[0]

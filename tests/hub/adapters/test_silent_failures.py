@@ -67,7 +67,7 @@ def test_row_1_sites_that_are_adapted_in_part_of_the_layers_are_told(
     [
         (
             {"modules_to_save": ("lm_haed",)},
-            "modules_to_save: 'lm_haed' names no module of the model",
+            "modules_to_save: 'lm_haed' matches no module of the model",
         ),
         ({"layers_to_transform": (1, 2)}, "layers_to_transform: no layer 2; the model has 0 to 1"),
         ({"rank_pattern": {"v_proj": 2}}, "rank_pattern: 'v_proj' matches no adapted site"),
@@ -163,7 +163,7 @@ def test_row_12_an_adapter_is_not_saved_with_another_scaling_than_it_was_trained
 ) -> None:
     _, model, base = llama
     params = adapted(jaxpeft.LoRA(targets=("q_proj",)), base)
-    with pytest.raises(AdapterError, match=r"lora_scale is 2 in the tree, the method makes it"):
+    with pytest.raises(AdapterError, match=r"lora_scale is 2 in the tree, the method makes"):
         jaxpeft.save_adapter(
             tmp_path / "out", jaxpeft.LoRA(targets=("q_proj",), **other), params, model
         )
@@ -189,7 +189,7 @@ def test_row_15_a_merge_says_which_base_it_was_and_how_far_it_is_off(
         report.gap,
     )
     assert report.error > 0 and report.gap > 0
-    with pytest.raises(ConfigError, match=r"a base that is not quantized .* use --to merged"):
+    with pytest.raises(ConfigError, match=r"an unquantized base .* use --to merged"):
         export(
             ExportRequest(tmp_path / "adapter", "merged_quantized_reference", tmp_path / "other")
         )
@@ -241,7 +241,7 @@ def test_row_18_a_start_in_the_base_leaves_the_base_alone_and_is_saved_as_a_plai
         )
         with pytest.raises(
             AdapterError,
-            match=r"changed the base when training began; save it converted to plain LoRA",
+            match=r"changed the base at initialization; save the adapter converted to plain LoRA",
         ):
             jaxpeft.load_adapter(tmp_path / start, model, base)
 

@@ -167,17 +167,17 @@ def test_two_methods_that_peft_has_no_one_folder_for_have_one_each(
         (
             "5",
             (
-                "trainable_token_indices: must be ids of tokens, or those by the name of a module,"
-                " is '5'"
+                "trainable_token_indices: must be token ids, or a mapping from module"
+                " names to token ids, is '5'"
             ),
         ),
-        ([1.5], "trainable_token_indices: must be ids of tokens"),
-        ([-1], "trainable_token_indices: must be ids of tokens"),
-        ({"embed_tokens": 3}, "trainable_token_indices: must be ids of tokens"),
-        ([3, 3], "tokens: names a token twice"),
+        ([1.5], "trainable_token_indices: must be token ids"),
+        ([-1], "trainable_token_indices: must be token ids"),
+        ({"embed_tokens": 3}, "trainable_token_indices: must be token ids"),
+        ([3, 3], "tokens: lists a token twice"),
         (
             {"embed_tokens": [1], "lm_head": [2]},
-            "lm_head is tied to the embedding, and has other tokens",
+            "lm_head is tied to the embedding, but has other tokens",
         ),
     ],
 )

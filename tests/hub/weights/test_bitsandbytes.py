@@ -216,12 +216,12 @@ BROKEN: list[tuple[Change, str]] = [
     (state(shape=[32.0, 32]), f"quantized: {Q}: shape is [32.0, 32], must be [out, in]"),
     (
         state(shape=[32, 31]),
-        f"quantized: {Q}: shape is [32, 31], and nf4 needs an even number of inputs",
+        f"quantized: {Q}: shape is [32, 31], but nf4 needs an even number of inputs",
     ),
     (
         state(blocksize=128),
         (
-            f"quantized: {Q}: blocksize is 128, must be 64; load the unquantized model, with"
+            f"quantized: {Q}: blocksize is 128, must be 64; load the unquantized model with"
             " quant='nf4'"
         ),
     ),
@@ -235,22 +235,22 @@ BROKEN: list[tuple[Change, str]] = [
         state(dtype=["float16"]),
         f"quantized: {Q}: dtype is ['float16'], must be one of float32, float16, bfloat16",
     ),
-    (state(nested_offset=10**400), f"quantized: {STATE} is not what bitsandbytes writes"),
+    (state(nested_offset=10**400), f"quantized: {STATE} is not a valid bitsandbytes state"),
     (state(nested_offset=True), f"quantized: {Q}: nested_offset is True, must be a number"),
     (state(shape=[10**200, 10**200]), f"quantized: {Q}: shape is [1000"),
     (
         lambda t: t.update(
             {STATE: np.frombuffer(b'{"blocksize": ' + b"1" * 5000 + b"}", np.uint8)}
         ),
-        f"quantized: {STATE} is not what bitsandbytes writes",
+        f"quantized: {STATE} is not a valid bitsandbytes state",
     ),
     (
         lambda t: t.update({STATE: text({})[:-1]}),
-        f"quantized: {STATE} is not what bitsandbytes writes",
+        f"quantized: {STATE} is not a valid bitsandbytes state",
     ),
     (
         lambda t: t.update({STATE.replace("nf4", "fp4"): t.pop(STATE)}),
-        f"quantized: {Q} is in fp4, only nf4 is supported",
+        f"quantized: {Q} is fp4, but only nf4 is supported",
     ),
 ]
 
@@ -275,7 +275,8 @@ def test_a_packed_embedding_of_fewer_tokens_is_refused_first(folder: Any) -> Non
         )
 
     with pytest.raises(
-        JaxpeftError, match=r"vocab_size is 99, there are 98 in model\.embed_tokens\.weight"
+        JaxpeftError,
+        match=r"vocab_size is 99, but there are only 98 in model\.embed_tokens\.weight",
     ):
         jaxpeft.load(folder(then=change), task="causal_lm")
 
@@ -295,7 +296,7 @@ def test_layers_that_differ_are_not_stacked(folder: Any) -> None:
     with pytest.raises(
         WeightsError,
         match=(
-            r"quantized: model\.layers\.0\.mlp\.up_proj\.weight is, and 1 of the 2 layers .*"
+            r"quantized: model\.layers\.0\.mlp\.up_proj\.weight: 1 of the 2 layers .*"
             r" scan_layers=False"
         ),
     ):
@@ -308,16 +309,16 @@ def test_layers_that_differ_are_not_stacked(folder: Any) -> None:
     [
         (
             {"load_in_8bit": True, "load_in_4bit": False},
-            "load_in_8bit is not supported; load the unquantized model, with quant='int8'",
+            "load_in_8bit is not supported; load the unquantized model with quant='int8'",
         ),
         (
             {"bnb_4bit_quant_type": "fp4"},
             (
-                "bnb_4bit_quant_type 'fp4' is not supported; load the unquantized model, with"
+                "bnb_4bit_quant_type 'fp4' is not supported; load the unquantized model with"
                 " quant='nf4'"
             ),
         ),
-        ({"load_in_4bit": False}, "of bitsandbytes load_in_4bit alone is supported"),
+        ({"load_in_4bit": False}, "only load_in_4bit of bitsandbytes is supported"),
         ({"quant_method": "gptq"}, "is not supported: load the unquantized model"),
     ],
 )
@@ -330,10 +331,10 @@ def test_what_contradicts_the_files_is_refused(folder: Any, reference: Any, tmp_
     path = folder()
     with pytest.raises(
         ConfigError,
-        match=r"quant: is 'int8', and .* is quantized already, as 'nf4'; leave quant out",
+        match=r"quant: is 'int8', but .* is already quantized, as 'nf4'; omit quant",
     ):
         jaxpeft.load(path, task="causal_lm", quant="int8")
-    with pytest.raises(ConfigError, match="is quantized already"):
+    with pytest.raises(ConfigError, match="is already quantized"):
         jaxpeft.load(path, task="causal_lm", quant=jaxpeft.Quant("nf4", exclude=("q_proj",)))
     plain = edited(
         reference("llama", "causal_lm").folder,
@@ -343,9 +344,7 @@ def test_what_contradicts_the_files_is_refused(folder: Any, reference: Any, tmp_
     )
     with pytest.raises(
         WeightsError,
-        match=(
-            r"quantization_config of config\.json says that the weights are quantized, and none is"
-        ),
+        match=(r"config\.json has a quantization_config, but no tensor is quantized"),
     ):
         jaxpeft.load(plain, task="causal_lm")
 
@@ -377,7 +376,7 @@ def test_an_adapter_is_trained_saved_and_merged(
         np.testing.assert_allclose(run(plain, merged), wanted, rtol=1e-4, atol=1e-4)
     assert "is not rounded" not in caplog.text
     export(ExportRequest(tmp_path / "adapter", "peft", tmp_path / "peft"))
-    with pytest.raises(ConfigError, match="merge into the base that is not quantized"):
+    with pytest.raises(ConfigError, match="merge into the unquantized base"):
         jaxpeft.merge(method, params)
 
 

@@ -59,14 +59,14 @@ def test_every_misfit_is_listed_at_once_with_the_nearest_names(reference, tmp_pa
         p.startswith(f"missing: {query}.weight; did you mean '{query}s.weight'") for p in found
     )
     assert any(
-        p.startswith(f"extra: {query}s.weight belongs to no part of this model; did you mean")
+        p.startswith(f"extra: {query}s.weight is not part of this model; did you mean")
         for p in found
     )
     assert any(
         p.startswith("missing: bert.encoder.layer.1.intermediate.dense.bias; did you mean")
         for p in found
     )
-    assert "extra: adapter.down belongs to no part of this model" in found
+    assert "extra: adapter.down is not part of this model" in found
     assert sorted(problems(folder, scan_layers=True)) == sorted(found)
 
 
@@ -94,9 +94,11 @@ def test_a_head_for_other_labels_is_made_newly_with_a_warning(reference, caplog)
         _, params = load(source, num_labels=7)
     warning = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     message, names = warning[0].rsplit(": ", 1)
-    assert message == "the checkpoint's head is for another number of labels and was made newly"
+    assert message == (
+        "the checkpoint's head has a different number of labels and was newly initialized"
+    )
     assert sorted(names.split(", ")) == ["classifier.out_proj.bias", "classifier.out_proj.weight"]
-    assert "newly made head: classifier/out_proj" in [r.getMessage() for r in caplog.records]
+    assert "newly initialized head: classifier/out_proj" in [r.getMessage() for r in caplog.records]
     tensors = load_file(source / "model.safetensors")
     head = params["classifier"]
     np.testing.assert_array_equal(head["dense"]["kernel"], tensors["classifier.dense.weight"].T)
@@ -172,10 +174,7 @@ def test_a_masked_language_model_gives_its_backbone(tmp_path, caplog, task):
     if task == SEQUENCE:
         assert model.options.pooling == "mean"
         assert warnings == [
-            (
-                "the checkpoint has no pooler (pooler.dense.weight); the classifier reads the mean over"
-                " tokens"
-            )
+            ("the checkpoint has no pooler (pooler.dense.weight); the classifier uses mean pooling")
         ]
     else:
         assert not warnings
@@ -271,7 +270,7 @@ def test_a_trained_head_is_not_thrown_away_for_a_config_of_other_labels(referenc
     folder = edited(reference("bert", SEQUENCE).folder, tmp_path / "m", config=labels)
     with pytest.raises(
         WeightsError,
-        match=r"is for 3 labels, config\.json has 5; give num_labels=3 to keep the head",
+        match=r"has 3 labels, but config\.json has 5; set num_labels=3 to keep the head",
     ):
         jaxpeft.load(folder, task=SEQUENCE)
     jaxpeft.load(folder, task=SEQUENCE, num_labels=3)
@@ -294,7 +293,7 @@ def test_a_tied_head_that_differs_is_refused_and_one_alone_is_the_embedding(refe
         lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}),
     )
     with pytest.raises(
-        WeightsError, match=r"ties the head to the embedding, and lm_head\.weight differs"
+        WeightsError, match=r"ties the head to the embedding, but lm_head\.weight differs"
     ):
         jaxpeft.load(other, task="causal_lm")
     alone = edited(

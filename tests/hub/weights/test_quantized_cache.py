@@ -192,7 +192,7 @@ def edit(folder: Path) -> None:
     [
         (flip, "the checksum of model.layers."),
         (cut, "bytes are missing"),
-        (edit, "quantised.json is another's"),
+        (edit, "quantised.json belongs to another entry"),
         (lambda folder: (folder / "quantised.json").unlink(), "no such file"),
         (lambda folder: (folder / "quantised.json").write_text("{"), "not JSON"),
         (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),

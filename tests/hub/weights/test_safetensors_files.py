@@ -186,7 +186,7 @@ def test_a_folder_of_pickles_is_refused_with_the_way_out(tmp_path, name):
     (tmp_path / "config.json").write_text("{}")
     (problem,) = problems(tmp_path)
     assert (
-        f"holds {name}, a pickle, which can run code and is never read; convert it to {SINGLE}"
+        f"contains {name}, a pickle, which can run code and is never read; if you trust it, convert it to"
         in problem
     )
 
@@ -199,11 +199,11 @@ def test_pickles_beside_safetensors_do_no_harm(tmp_path):
 
 def test_a_folder_without_weights_is_refused_listing_what_it_holds(tmp_path):
     assert problems(tmp_path) == (
-        f"{tmp_path}: no {SINGLE} and no {INDEX}; the folder holds nothing",
+        f"{tmp_path}: no {SINGLE} and no {INDEX}; the folder contains nothing",
     )
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "flax_model.msgpack").write_bytes(b"")
-    assert problems(tmp_path)[0].endswith("; the folder holds config.json, flax_model.msgpack")
+    assert problems(tmp_path)[0].endswith("; the folder contains config.json, flax_model.msgpack")
 
 
 # ----------------------------------------------------------------------------------- header entries
@@ -237,7 +237,7 @@ def test_a_malformed_entry_is_refused_by_name(tmp_path, broken):
     write_raw(tmp_path / SINGLE, {"good": entry(0, 8, [2]), "broken": broken}, bytes(16))
     (problem,) = problems(tmp_path)
     assert problem.startswith(
-        f"{tmp_path / SINGLE}: broken: malformed header entry, or a dtype that is not known"
+        f"{tmp_path / SINGLE}: broken: malformed header entry or unknown dtype"
     )
 
 
@@ -267,8 +267,12 @@ def test_many_problems_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("header", "data", "text"),
     [
-        ({"a": entry(0, 4, [1])}, b"1234more", "4 bytes belong to no tensor"),
-        ({"a": entry(0, 4, [1]), "b": entry(8, 12, [1])}, b"1" * 12, "4 bytes belong to no tensor"),
+        ({"a": entry(0, 4, [1])}, b"1234more", "4 bytes do not belong to a tensor"),
+        (
+            {"a": entry(0, 4, [1]), "b": entry(8, 12, [1])},
+            b"1" * 12,
+            "4 bytes do not belong to a tensor",
+        ),
         (
             (
                 b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype":'

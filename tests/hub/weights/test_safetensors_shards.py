@@ -82,7 +82,7 @@ def test_a_tensor_in_two_shards_is_refused(shards):
 
 def test_a_tensor_that_its_shard_does_not_hold_is_refused(shards):
     edit_json(shards / INDEX, lambda index: index["weight_map"].update(c="m-1.safetensors"))
-    assert problems(shards) == (f"c: {INDEX} says m-1.safetensors, which does not hold it",)
+    assert problems(shards) == (f"c: {INDEX} says that it is in m-1.safetensors, but it is not",)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": ["a"]}'])
