@@ -20,7 +20,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpeft import models
-from jaxpeft.config.schema import Config, DataConfig, TrainConfig
+from jaxpeft.config.data_config import DataConfig
+from jaxpeft.config.schema import Config
+from jaxpeft.config.train_config import TrainConfig
 from jaxpeft.core import tree
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from jaxpeft.core.tree import unstack_layers as unstack_layers
     from jaxpeft.errors import JaxpeftError as JaxpeftError
     from jaxpeft.forward import apply as apply
-    from jaxpeft.hub.adapters.folders import load_adapter as load_adapter
-    from jaxpeft.hub.adapters.folders import read_settings as read_settings
-    from jaxpeft.hub.adapters.folders import save_adapter as save_adapter
+    from jaxpeft.hub.adapters.load import load_adapter as load_adapter
+    from jaxpeft.hub.adapters.load import read_settings as read_settings
+    from jaxpeft.hub.adapters.save import save_adapter as save_adapter
     from jaxpeft.hub.adapters.settings import Settings as Settings
     from jaxpeft.hub.loading import load as load
     from jaxpeft.methods import *  # noqa: F403 - the classes of all methods
@@ -78,9 +78,9 @@ _WHERE = {
     "unstack_layers": "core.tree",
     "JaxpeftError": "errors",
     "apply": "forward",
-    "load_adapter": "hub.adapters.folders",
-    "read_settings": "hub.adapters.folders",
-    "save_adapter": "hub.adapters.folders",
+    "load_adapter": "hub.adapters.load",
+    "read_settings": "hub.adapters.load",
+    "save_adapter": "hub.adapters.save",
     "load": "hub.loading",
     "Settings": "hub.adapters.settings",
     "MeshConfig": "sharding.mesh_config",

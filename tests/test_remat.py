@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from jaxpeft.config.schema import ModelConfig
+from jaxpeft.config.model_config import ModelConfig
 from jaxpeft.core.options import hints_of
 from jaxpeft.remat import ATTENTION, PRODUCT, REMAT_POLICIES, Remat, fastest, stronger
 

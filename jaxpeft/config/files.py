@@ -16,8 +16,9 @@ import ml_collections
 
 from jaxpeft import methods
 from jaxpeft.config import plain_files
+from jaxpeft.config.data_config import ESCAPED
 from jaxpeft.config.literals import read_value
-from jaxpeft.config.schema import ESCAPED, Config, as_dict
+from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import ALIASES, Reader, by_own_names, hints_of, no_option, parse
 from jaxpeft.errors import ConfigError, nearest, shorten, show

@@ -56,7 +56,7 @@ class PeftFormat(Generic[M]):
         module_prefix: prefix of the base's module names.
         beside: how files store an additional method; None if they cannot.
         layout: layout of adapter folders: `peft`, or another key of
-            `jaxpeft.hub.adapters.folders.LAYOUTS`.
+            `jaxpeft.hub.adapters.layouts.LAYOUTS`.
     """
 
     type: str | None = None

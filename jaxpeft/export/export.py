@@ -40,7 +40,9 @@ from jaxpeft.export.request import (
 )
 from jaxpeft.hub import loading
 from jaxpeft.hub.adapters.folder_layout import CONFIG
-from jaxpeft.hub.adapters.folders import LAYOUTS, check_base, load_adapter, save_adapter
+from jaxpeft.hub.adapters.layouts import LAYOUTS
+from jaxpeft.hub.adapters.load import check_base, load_adapter
+from jaxpeft.hub.adapters.save import save_adapter
 from jaxpeft.hub.base_identity import fingerprint
 from jaxpeft.hub.loading import Outline
 from jaxpeft.hub.merge_record import MERGE, records

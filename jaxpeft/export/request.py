@@ -19,7 +19,8 @@ from jaxpeft.hub import loading
 from jaxpeft.hub.adapters import peft_config
 from jaxpeft.hub.adapters.extra import read_extra
 from jaxpeft.hub.adapters.folder_layout import CONFIG, EXTRA
-from jaxpeft.hub.adapters.folders import LAYOUTS, layout_of, parts_of
+from jaxpeft.hub.adapters.layouts import LAYOUTS
+from jaxpeft.hub.adapters.load import layout_of, parts_of
 from jaxpeft.hub.adapters.settings import Settings, parse_settings
 from jaxpeft.hub.loading import Outline
 from jaxpeft.hub.merge_record import MERGE, records

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from jaxpeft.checkpoint.identity import tree_spec
 from jaxpeft.checkpoint.manager import Checkpoints
-from jaxpeft.config.schema import OptimizerConfig
+from jaxpeft.config.train_config import OptimizerConfig
 from jaxpeft.core import paths, training_hooks, tree
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree

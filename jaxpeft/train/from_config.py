@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.config.schema import Config, ModelConfig
+from jaxpeft.config.model_config import ModelConfig
+from jaxpeft.config.schema import Config
 from jaxpeft.core.method import Method
 from jaxpeft.errors import TargetError
 from jaxpeft.hub.model_request import ModelRequest

@@ -14,13 +14,14 @@ from typing import Any
 import jax
 
 from jaxpeft import atomic
-from jaxpeft.config.schema import Config, OptimizerConfig, as_dict
+from jaxpeft.config.schema import Config, as_dict
+from jaxpeft.config.train_config import OptimizerConfig
 from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.tree import combine
 from jaxpeft.evaluation.generation import greedy
-from jaxpeft.hub.adapters.folders import save_adapter
+from jaxpeft.hub.adapters.save import save_adapter
 from jaxpeft.logs import log_time
 from jaxpeft.models import attention
 from jaxpeft.processes.arrays import fetch_to_host

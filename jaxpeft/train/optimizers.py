@@ -9,7 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-from jaxpeft.config.schema import Config, OptimizerConfig
+from jaxpeft.config.schema import Config
+from jaxpeft.config.train_config import OptimizerConfig
 from jaxpeft.core import paths, training_hooks
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from jaxpeft import atomic
-from jaxpeft.config.schema import LogConfig
+from jaxpeft.config.train_config import LogConfig
 from jaxpeft.errors import ConfigError
 
 Figures = Mapping[str, float]

@@ -106,7 +106,7 @@ def test_a_starts_uniform_within_the_bound_and_b_at_zero() -> None:
 
 
 def test_lora_plus_multiplies_the_updates_of_b_alone() -> None:
-    from jaxpeft.config.schema import OptimizerConfig
+    from jaxpeft.config.train_config import OptimizerConfig
     from jaxpeft.train import optimizers
 
     _, params = dense_site(0.0)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import jaxpeft
-from jaxpeft.config.schema import Config, ModelConfig
+from jaxpeft.config.model_config import ModelConfig
+from jaxpeft.config.schema import Config
 from jaxpeft.errors import ConfigError
 from jaxpeft.train import job
 from jaxpeft.train.records import read_lines

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from jaxpeft.config.schema import Config, DataConfig, TrainConfig
+from jaxpeft.config.data_config import DataConfig
+from jaxpeft.config.schema import Config
+from jaxpeft.config.train_config import TrainConfig
 from jaxpeft.errors import ConfigError
 from jaxpeft.processes.arrays import put_batch
 from jaxpeft.sharding.mesh import (

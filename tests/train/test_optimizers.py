@@ -14,7 +14,9 @@ import optax
 import pytest
 
 import jaxpeft
-from jaxpeft.config.schema import Config, ModelConfig, OptimizerConfig
+from jaxpeft.config.model_config import ModelConfig
+from jaxpeft.config.schema import Config
+from jaxpeft.config.train_config import OptimizerConfig
 from jaxpeft.core.method import Method
 from jaxpeft.errors import ConfigError
 from jaxpeft.train import optimizers

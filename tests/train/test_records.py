@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from jaxpeft.config.schema import LogConfig
+from jaxpeft.config.train_config import LogConfig
 from jaxpeft.train import records
 
 

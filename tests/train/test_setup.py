@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxpeft.config.schema import Config, EvaluationConfig
+from jaxpeft.config.schema import Config
+from jaxpeft.config.train_config import EvaluationConfig
 from jaxpeft.errors import ConfigError
 from jaxpeft.models.base import ModelOptions
 from jaxpeft.train import auto

@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import jaxpeft
-from jaxpeft.config.schema import OptimizerConfig
+from jaxpeft.config.train_config import OptimizerConfig
 from jaxpeft.train import losses, optimizers
 from jaxpeft.train.step import init_state, make_train_step
 from tests.models.conftest import tiny_config

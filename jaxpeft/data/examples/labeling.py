@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpeft.config.schema import DataConfig
+from jaxpeft.config.data_config import DataConfig
 from jaxpeft.data.examples.label_checks import DIGITS, LabelCounts, canonical_number, plain_text
 from jaxpeft.data.examples.labels import (
     NO_LABEL,

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpeft.config.schema import Config, DataConfig
+from jaxpeft.config.data_config import DataConfig
+from jaxpeft.config.schema import Config
 from jaxpeft.data.examples.make import Examples
 from jaxpeft.data.rows.columns import GENERATIVE
 from jaxpeft.data.tokens.buckets import choose_lengths

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxpeft.config.schema import DataConfig
+from jaxpeft.config.data_config import DataConfig
 from jaxpeft.data.examples.labeling import BY_USER, Labeling, labeling_of, select_labeled
 from jaxpeft.data.examples.make import Examples, make_examples
 from jaxpeft.data.rows.read import Rows

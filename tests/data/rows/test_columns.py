@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxpeft.config import schema
+from jaxpeft.config import data_config
 from jaxpeft.data.rows.columns import FIELDS, Columns, find_columns, find_format
 from jaxpeft.errors import DataError
 
@@ -180,7 +180,7 @@ def test_all_missing_columns_are_reported_at_once():
 
 
 def test_the_config_knows_the_fields_of_the_columns():
-    assert schema.DATA_FIELDS == FIELDS
+    assert data_config.DATA_FIELDS == FIELDS
 
 
 @pytest.mark.parametrize(

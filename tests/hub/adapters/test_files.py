@@ -169,7 +169,7 @@ def test_saving_again_replaces_the_files_whole(save, monkeypatch):
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr("jaxpeft.hub.adapters.folders.write_arrays", fail)
+        patch.setattr("jaxpeft.hub.adapters.save.write_arrays", fail)
         with pytest.raises(OSError, match="no space left"):
             jaxpeft.save_adapter(saved.folder, METHOD, changed, saved.model)
     assert (saved.folder / "adapter_model.safetensors").read_bytes() == before
