@@ -20,7 +20,7 @@ F = TypeVar("F", bound="PeftFormat[Any]")
 
 
 @dataclass(frozen=True)
-class Beside:
+class Companion:
     """An additional method that a method's files can store.
 
     Attributes:
@@ -54,7 +54,7 @@ class PeftFormat(Generic[M]):
         untransposed: names of leaves that are not stored transposed.
         root_tensors: like `tensors`, for leaves at the root.
         module_prefix: prefix of the base's module names.
-        beside: how files store an additional method; None if they cannot.
+        companion: how files store an additional method; None if they cannot.
         layout: layout of adapter folders: `peft`, or another key of
             `jaxpeft.hub.adapters.layouts.LAYOUTS`.
     """
@@ -67,7 +67,7 @@ class PeftFormat(Generic[M]):
     untransposed: frozenset[str] = frozenset()
     root_tensors: Mapping[str, str] = field(default_factory=dict[str, str])
     module_prefix: str = "base_model.model."
-    beside: Beside | None = None
+    companion: Companion | None = None
     layout: str = "peft"
 
     def replace(self, cls: type[F], **changes: Any) -> F:

@@ -3,8 +3,8 @@ r"""(IA)^3: elementwise rescaling of the outputs or inputs of modules.
     y = (x W + b) * l,    l: [1, out]       for keys and values
     y = (x * l') W + b,   l: [in, 1]        for the last module of a feed-forward layer
 
-`l` starts at one, so a fresh adapter does not change any output. Which of the two a site
-computes is told by the shape of its leaf.
+`l` starts at one, so a fresh adapter does not change any output. The shape of a
+site's leaf says which of the two it computes.
 
 Liu et al. 2022, "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context
 Learning", section 3.3 (arXiv:2205.05638).

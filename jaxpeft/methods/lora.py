@@ -167,7 +167,7 @@ class LoRA(Biased, Ranked):
                 "ensure_weight_tying",
             }
         ),
-        beside=TOKEN_INDICES,
+        companion=TOKEN_INDICES,
     )
 
     dropout: float = option(0.0, "rate of dropout on the input of A", at_least=0, below=1)

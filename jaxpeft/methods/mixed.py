@@ -34,7 +34,7 @@ class MixedFormat(PeftFormat["Mixed"]):
     def wrapper(self, method: Mixed, path: Path, by: Method | None) -> str:
         """Return the part's infix, within PEFT's module for an additional method."""
         inner = by.peft.wrapper(by, path, by) if by else ""
-        held = next((part.peft.beside for part in method.methods if part.peft.beside), None)
+        held = next((part.peft.companion for part in method.methods if part.peft.companion), None)
         return f"{held.module}.{inner}" if held and by and by.name == held.method else inner
 
 

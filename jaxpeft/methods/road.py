@@ -6,8 +6,8 @@ r"""RoAd: the outputs of a linear module are rotated and rescaled in pairs.
 Within each group of outputs the first half is paired with the second, element by element. `road_1`
 has one angle and one scale a pair, so that `c1 = c2` and `s1 = s2`; `road_2` has one of each an
 output; `road_4` has others for `c` than for `s` as well. `theta` starts at zero and `alpha` at one,
-so a fresh adapter does not change any output. Which of the three a site computes is told by the
-shape of its leaves.
+so a fresh adapter does not change any output. The shapes of a site's leaves say which of the three
+it computes.
 
 Liao and Monz 2024, "3-in-1: 2D Rotary Adaptation for Efficient Finetuning, Efficient Batching and
 Composability", section 3.2, equations 3 and 4, table 1 (arXiv:2409.00119).

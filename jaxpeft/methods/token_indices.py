@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxpeft.core.peft_format import Beside
+from jaxpeft.core.peft_format import Companion
 from jaxpeft.errors import show
 from jaxpeft.methods.trainable_tokens import TrainableTokens
 
@@ -58,4 +58,4 @@ def _are_ids(ids: Any) -> bool:
     )
 
 
-TOKEN_INDICES = Beside(_OPTION, TrainableTokens.name, "token_adapter", _write, _read)
+TOKEN_INDICES = Companion(_OPTION, TrainableTokens.name, "token_adapter", _write, _read)

@@ -10,7 +10,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.options import parse
 from jaxpeft.errors import AdapterError, show
-from jaxpeft.hub.adapters import beside
+from jaxpeft.hub.adapters import companions
 from jaxpeft.methods import METHODS
 from jaxpeft.methods.mixed import Mixed
 
@@ -88,9 +88,9 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
             f" {known})"
         )
     own = {key: value for key, value in config.items() if key not in COMMON - kind.peft.ignored}
-    others, problems = beside.read_options(kind, own, "lm_head" not in head)
-    if kind.peft.beside is not None and (others or problems):
-        own.pop(kind.peft.beside.option)
+    others, problems = companions.read_options(kind, own, "lm_head" not in head)
+    if kind.peft.companion is not None and (others or problems):
+        own.pop(kind.peft.companion.option)
     values, odd = kind.peft.read_options(kind, own)
     values = {key: _plain(value) for key, value in values.items()} | {
         "modules_to_save": _modules_to_save(config, head)

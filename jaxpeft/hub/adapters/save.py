@@ -17,8 +17,8 @@ from jaxpeft import atomic, kernels
 from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.errors import AdapterError
-from jaxpeft.hub.adapters import beside, checks, peft_config
 from jaxpeft.hub.adapters import card as adapter_card
+from jaxpeft.hub.adapters import checks, companions, peft_config
 from jaxpeft.hub.adapters import extra as adapter_extra
 from jaxpeft.hub.adapters import tensors as adapter_tensors
 from jaxpeft.hub.adapters.folder_layout import EXTRA, Content, FolderLayout
@@ -69,7 +69,7 @@ def save_adapter(
         raise AdapterError(f"{folder}: is a file; choose a folder to save the adapter to")
     _check_tree(method, params, model)
     decided = _complete(settings or Settings(), model, labels)
-    save = _save_one if beside.split(method) else _save_parts
+    save = _save_one if companions.split(method) else _save_parts
     save(folder, method, params, model, decided)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -87,7 +87,7 @@ def _save_one(
 ) -> None:
     """Save the adapter of one method, and of the additional ones that its files can store."""
     folder.mkdir(parents=True, exist_ok=True)
-    main, others = beside.split(method) or (method, ())
+    main, others = companions.split(method) or (method, ())
     tensors = adapter_tensors.to_tensors(method, params)
     tie, _ = tie_of(method.peft.module_prefix, model, params)
     tied = tie is not None and f"{tie.embedding}weight" in tensors
@@ -103,8 +103,8 @@ def _save_one(
     config = peft_config.write(main, model.options.task, name, revision, saved)
     sites = sorted(_site_names(main, params))
     config |= _explicit_targets(config, sites) | main.peft.base_sizes(main, params, model.config)
-    tensors = {beside.rename(method, name): tensor for name, tensor in tensors.items()}
-    config |= beside.write_options(
+    tensors = {companions.rename(method, name): tensor for name, tensor in tensors.items()}
+    config |= companions.write_options(
         main, {name: part for part in others for name in _site_names(part, params)}
     )
     if tied:

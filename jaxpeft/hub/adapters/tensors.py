@@ -20,7 +20,7 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.rewriting import chosen_sites, modules_to_save, trainable_mask
 from jaxpeft.core.targets import Site
-from jaxpeft.hub.adapters import beside
+from jaxpeft.hub.adapters import companions
 from jaxpeft.hub.weights.safetensors_files import Tensor
 from jaxpeft.methods.head import Head
 from jaxpeft.methods.mixed import Mixed
@@ -322,7 +322,7 @@ def saved_modules(method: Method, params: Mapping[str, Any]) -> list[str]:
 
 def _unwrap(name: str) -> str:
     """Return the base's name for a tensor that PEFT stores inside an adapter's module."""
-    return re.sub(rf"(\.(?:{beside.MODULES}))?\.base_layer\.", ".", name)
+    return re.sub(rf"(\.(?:{companions.MODULES}))?\.base_layer\.", ".", name)
 
 
 def find_outgrown(

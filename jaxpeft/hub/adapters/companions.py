@@ -1,5 +1,5 @@
 """Several methods in one adapter folder: the additional methods that a method's files can store
-(`Method.beside`).
+(`PeftFormat.companion`).
 
 In jaxpeft they are one mixed method. A part that only trains the head adds no options.
 """
@@ -14,11 +14,8 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.training_hooks import trains_head_alone
 from jaxpeft.methods import METHODS
 
-MODULES = "|".join(
-    sorted(
-        {re.escape(method.peft.beside.module) for method in METHODS.values() if method.peft.beside}
-    )
-)
+_COMPANIONS = [method.peft.companion for method in METHODS.values() if method.peft.companion]
+MODULES = "|".join(sorted({re.escape(companion.module) for companion in _COMPANIONS}))
 """A regular expression of the modules in which PEFT stores an additional method."""
 
 
@@ -37,8 +34,8 @@ def split(method: Method) -> tuple[Method, tuple[Method, ...]] | None:
         others = tuple(part for part in parts if part is not main)
         if (
             others
-            and main.peft.beside is not None
-            and {part.name for part in others} == {main.peft.beside.method}
+            and main.peft.companion is not None
+            and {part.name for part in others} == {main.peft.companion.method}
         ):
             return main, others
     return None
@@ -54,11 +51,11 @@ def rename(method: Method, text: str) -> str:
         text: the name, or a message that contains it.
     """
     main, others = split(method) or (method, ())
-    if main.peft.beside is None or not others:
+    if main.peft.companion is None or not others:
         return text
     module, own = (
-        f".{main.peft.beside.module}",
-        "|".join(map(re.escape, METHODS[main.peft.beside.method].peft.tensors.values())),
+        f".{main.peft.companion.module}",
+        "|".join(map(re.escape, METHODS[main.peft.companion.method].peft.tensors.values())),
     )
     return re.sub(
         rf"({re.escape(module)})?(\.(?:{own})\b)",
@@ -75,8 +72,8 @@ def write_options(main: Method, sites: Mapping[str, Method]) -> dict[str, Any]:
         sites: the additional method of each site, by the site's Hugging Face name.
     """
     return (
-        {main.peft.beside.option: main.peft.beside.write(sites)}
-        if main.peft.beside and sites
+        {main.peft.companion.option: main.peft.companion.write(sites)}
+        if main.peft.companion and sites
         else {}
     )
 
@@ -91,5 +88,5 @@ def read_options(
         config: its content.
         tied: whether the language-model head is tied to the embedding.
     """
-    option = config.get(kind.peft.beside.option) if kind.peft.beside else None
-    return kind.peft.beside.read(option, tied) if kind.peft.beside and option else ([], [])
+    option = config.get(kind.peft.companion.option) if kind.peft.companion else None
+    return kind.peft.companion.read(option, tied) if kind.peft.companion and option else ([], [])
