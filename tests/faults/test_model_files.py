@@ -146,7 +146,7 @@ def test_case_32_a_shard_that_is_missing_or_a_tensor_in_two_is_refused(
             "LayerNorm,query",
             (
                 (
-                    "config.method.targets: 'LayerNorm' names bert.embeddings.LayerNorm, which is a"
+                    "config.method.targets: 'LayerNorm' matches bert.embeddings.LayerNorm, which is a"
                     " norm site; lora adapts linear"
                 ),
             ),
@@ -371,14 +371,14 @@ def peak_of(job: Job, *arguments: str) -> tuple[Done, float]:
 
 
 TEMPLATES = {
-    "internals": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "does what a template may not"),
+    "internals": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "does something forbidden"),
     "endless": (
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
         "takes more than 2 s",
     ),
     "range": (
         "{% for i in range(10**9) %}{% endfor %}",
-        "does what a template may not: Range too big",
+        "does something forbidden: Range too big",
     ),
     "memory": ("{{ '%4000000000d' % 1 }}", "takes too much memory"),
 }

@@ -158,6 +158,6 @@ def test_a_row_longer_than_the_position_table_is_refused(reference, kind, most):
     model, params = reference(kind, SEQUENCES).load()
     assert jaxpeft.apply(model, params, np.full((1, most), 7, np.int32)).shape == (1, 3)
     with pytest.raises(
-        DataError, match=f"row has {most + 1} tokens .* model supports at most {most}"
+        DataError, match=f"row has {most + 1} tokens, but the .* model supports at most {most}"
     ):
         jaxpeft.apply(model, params, np.full((1, most + 1), 7, np.int32))

@@ -142,7 +142,7 @@ def test_what_does_not_fit_is_refused(reference: Any) -> None:
     with pytest.raises(
         ConfigError,
         match=(
-            "quant: lm_head is to be quantized, and vocab_size=120 adds tokens to it; exclude it"
+            "quant: lm_head is to be quantized, but vocab_size=120 adds tokens to it; exclude it"
         ),
     ):
         jaxpeft.load(
