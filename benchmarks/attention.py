@@ -39,7 +39,7 @@ class Layer(nn.Module):
 
 
 def masks(batch: int, length: int) -> Mapping[str, Callable[[str], Mask]]:
-    """Return the masks, each by name."""
+    """Return functions that prepare each mask for a kernel, by name."""
     segments = jnp.broadcast_to(
         jnp.arange(length, dtype=jnp.int32) * 4 // length + 1, (batch, length)
     )
