@@ -1,12 +1,13 @@
-"""One layer's attention by each kernel that the device has, forward, and forward with its gradient,
-by the kind of mask.
+"""Time and error of each attention kernel of the device, forward, and forward with gradients, by
+kind of mask.
 
     python -m benchmarks.attention [--batch 4] [--length 2048] [--heads 32] [--kv-heads 8] [--head-dim 128]
 
-Prints a JSON line for each: milliseconds of one call, median of 20, by the difference of loops of
-two lengths in one program; and how far its values and gradients are from those of `xla` in float32,
-`||found - exact|| / ||exact||`. `causal` is a decoder's own mask, `packed` has four documents a
-row, `window` sees 512 positions back, `padded` an encoder's text of three quarters of the row.
+Prints a JSON line for each: milliseconds per call, the median of 20, from the difference of loops
+of two lengths in one program; and the error of its values and gradients, compared with `xla` in
+float32, `||found - exact|| / ||exact||`. `causal` is the mask of a decoder, `packed` has four
+documents per row, `window` sees 512 positions back, `padded` is an encoder's text in three quarters
+of the row.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from jaxpeft.models.masks import Mask, make_mask
 
 
 class Layer(nn.Module):
-    """What a layer does with its heads."""
+    """The attention of a layer, after its projections."""
 
     kernel: str
 
@@ -38,7 +39,7 @@ class Layer(nn.Module):
 
 
 def masks(batch: int, length: int) -> Mapping[str, Callable[[str], Mask]]:
-    """Return the masks, by the name of the kernel that is to take them."""
+    """Return functions that prepare each mask for a kernel, by name."""
     segments = jnp.broadcast_to(
         jnp.arange(length, dtype=jnp.int32) * 4 // length + 1, (batch, length)
     )
@@ -104,7 +105,7 @@ def main(argv: list[str]) -> None:
 
 
 def taken(run: Callable[..., Any], arrays: tuple[Any, Any, Any], loops: tuple[int, int]) -> float:
-    """Return the milliseconds of one call of `run`, whose results are the arrays of the next."""
+    """Return the milliseconds of one call of `run`, whose results are the arguments of the next."""
     return milliseconds(lambda arrays, _: run(*arrays), arrays, None, loops)
 
 

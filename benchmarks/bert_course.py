@@ -1,17 +1,17 @@
-"""A whole program of a course, full fine-tuning of a BERT with two labels, beside torch's
-`Trainer`, in turns.
+"""A complete fine-tuning program of a course, a BERT with two labels, compared with torch's
+`Trainer`, alternating.
 
     python -m benchmarks.bert_course [--pairs 3] [--steps 75] [--batch 8] [--threads 2] [--assets FOLDER] [--warm]
 
-Each program is a process of its own, from the first import to the last evaluation: MiniLM-L6 with
-its weights and its dropout, AdamW at 5e-5 with clipping, 75 steps of 8 rows of up to 128 tokens,
-three evaluations. The rows are made of random words, a word of which tells the label; with
-`--assets`, they are questions of `banking77` there, several in a row, and the label says whether
-the first is about a card. Ours compiles everything (`train.compiled` is `off`); with `--warm`, it
-finds its programs on disk after the first pair. Prints one JSON line for each process, with the
-seconds of its processor and of the clock, and the mean loss of each third of the run; then one with
-the ratios, ours over torch's, of pairs: median, least, most. `--threads` is torch's; `taskset`
-holds both to cores.
+Each program is a separate process, from the first import to the last evaluation: MiniLM-L6 with its
+weights and its dropout, AdamW at 5e-5 with clipping, 75 steps of 8 rows of up to 128 tokens, three
+evaluations. The rows consist of random words, one of which determines the label; with `--assets`,
+they are questions of its `banking77`, several per row, and the label is whether the first is about
+a card. jaxpeft compiles everything (`train.compiled` is `off`); with `--warm`, it reads its
+programs from disk after the first pair. Prints one JSON line for each process, with CPU seconds,
+wall-clock seconds, and the mean loss of each third of the run; then one with the ratios of the
+pairs, jaxpeft over torch: median, minimum, maximum. `--threads` is for torch; `taskset` restricts
+both to cores.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SIDES = ("jaxpeft", "torch")
 
 
 def main(argv: list[str]) -> None:
-    """Measure in turns, and print."""
+    """Measure pairs, and print."""
     parser = argparse.ArgumentParser(prog="benchmarks.bert_course")
     for name, default in (("pairs", 3), ("steps", 75), ("batch", 8), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
 
 
 def measure(name: str, pair: int, folder: Path, argv: list[str]) -> dict[str, Any]:
-    """Run one side as a process of its own, and return what it took."""
+    """Run one program in a separate process, and return its measurements."""
     command = [
         sys.executable,
         "-m",
@@ -82,7 +82,7 @@ def measure(name: str, pair: int, folder: Path, argv: list[str]) -> dict[str, An
 
 
 def ratios(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return ours over torch's of each pair: the median, the least and the most."""
+    """Return the ratios of the pairs, jaxpeft over torch: median, minimum and maximum."""
     made: dict[str, Any] = {}
     for kind in ("processor_s", "clock_s"):
         ours, theirs = (
@@ -146,7 +146,7 @@ def _questions(rng: np.random.Generator, known: list[dict[str, str]]) -> tuple[s
 
 
 def run_jaxpeft(args: argparse.Namespace) -> dict[str, Any]:
-    """Run ours, by the command that users run."""
+    """Run jaxpeft, by its command."""
     from jaxpeft.train.__main__ import main as train
 
     each = args.steps // 3
@@ -254,7 +254,7 @@ def run_torch(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def figures(losses: list[float], accuracies: list[float]) -> dict[str, Any]:
-    """Return the mean loss of each third of a run, and what its evaluations found."""
+    """Return the mean loss of each third of a run, and the metrics of its evaluations."""
     thirds = [round(float(np.mean(part)), 4) for part in np.array_split(losses, 3)]
     return {"losses": thirds, "validation": [round(accuracy, 3) for accuracy in accuracies]}
 

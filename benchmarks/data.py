@@ -1,14 +1,14 @@
-"""Tokens a second of the data pipeline, beside `datasets.map` with torch's DataLoader, and what the
-quickstart takes.
+"""Tokens per second of the data pipeline, compared with `datasets.map` and torch's DataLoader, and
+the consumption of the quickstart.
 
     python -m benchmarks.data [--rows FILE.jsonl] [--pairs 5] [--batch 32] [--length 512] [--quickstart-steps 40]
 
 Both read the same file of questions and answers (by default gsm8k's 7,473, in `JAXPEFT_ASSETS` or
-beside the checkout), tokenize them with MiniLM's fast tokenizer, answers alone learned, and give
-one epoch of shuffled, padded batches; nothing comes from a cache. A pair is one pass of each, right
-after the other; the order changes from pair to pair. `again` is a second epoch, of which the tokens
-are there already. Prints one JSON line: tokens/s of each, the ratios, whether the tokens are the
-same, tokens/s that the quickstart's training takes, and the share of filled places when packed to
+next to the checkout), tokenize them with MiniLM's fast tokenizer, with only the answers in the loss
+mask, and yield one epoch of shuffled, padded batches; nothing comes from a cache. A pair is one
+pass of each, one right after the other; the order alternates. `again` is a second epoch, which
+reuses the tokens. Prints one JSON line: tokens/s of each, the ratios, whether the tokens are equal,
+tokens/s that the quickstart's training consumes, and the share of filled positions when packed to
 1024.
 """
 
@@ -51,7 +51,7 @@ class Pass:
 
 
 def main() -> None:
-    """Measure and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rows", type=Path, default=ASSETS / "gsm8k" / "train.jsonl")
     for name, default in (("pairs", 5), ("batch", 32), ("length", 512), ("quickstart-steps", 40)):
@@ -100,7 +100,7 @@ def load_tokenizer() -> Any:
 
 
 def ours(path: Path, tokenizer: Any, batch: int, length: int) -> Pass:
-    """Make a pass by jaxpeft."""
+    """Run a pass of jaxpeft."""
     from jaxpeft import data
 
     began = time.perf_counter()
@@ -121,7 +121,7 @@ def ours(path: Path, tokenizer: Any, batch: int, length: int) -> Pass:
 
 
 def theirs(path: Path, tokenizer: Any, batch: int, length: int) -> Pass:
-    """Make a pass by datasets.map and torch's DataLoader."""
+    """Run a pass of datasets.map and torch's DataLoader."""
     import datasets
     import torch
 
@@ -170,8 +170,8 @@ def theirs(path: Path, tokenizer: Any, batch: int, length: int) -> Pass:
 
 
 def _count(batches: Any) -> tuple[int, int, int]:
-    """Count tokens and learned tokens, and return a number that changes with each of them, whatever
-    their order.
+    """Count tokens and tokens in the loss, and return a hash of both that is independent of their
+    order.
     """
     tokens = learned = digest = 0
     for batch in batches:
@@ -190,9 +190,7 @@ def _count(batches: Any) -> tuple[int, int, int]:
 
 
 def quickstart(steps: int) -> int:
-    """Return the tokens/s, of real text, that the quickstart's LoRA training takes on this
-    machine.
-    """
+    """Return the tokens/s, without padding, of the quickstart's LoRA training on this machine."""
     import dataclasses
 
     from jaxpeft import config as configs
@@ -218,8 +216,8 @@ def quickstart(steps: int) -> int:
 
 
 def packed(path: Path) -> float:
-    """Return the share of the places of packed rows of 1024 that are filled, by the tokenizer of
-    the tiny Llama.
+    """Return the share of filled positions in packed rows of 1024, with the tokenizer of the tiny
+    Llama.
     """
     from transformers import AutoTokenizer
 

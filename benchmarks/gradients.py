@@ -1,11 +1,11 @@
-"""How far the gradients of a LoRA step in bfloat16 are from those in float32, with every number
-format of the base.
+"""Error of the gradients of a LoRA step in bfloat16, compared with float32, for every number format
+of the base.
 
     python -m benchmarks.gradients [--layers 8] [--hidden 256]
 
-Prints a JSON line a format: `||found - exact|| / ||exact||` of all trained leaves together, where
-`exact` is computed in float32 on the base that the format stands for, so that the error is that of
-the computation, not of the stored kernels; and the same loss by both.
+Prints a JSON line per format: `||found - exact|| / ||exact||` of all trained leaves together, where
+`exact` is computed in float32 on the decoded base, so that the error is that of the computation,
+not of the stored kernels; and the loss of both.
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ def _leaf(i: int, path: paths.Path, leaf: Any) -> Any:
 
 
 def compare(model: Any, held: Any, plain: Any) -> dict[str, Any]:
-    """Compare the gradients on a base, in bfloat16, with those on what it stands for, in float32.
+    """Compare the gradients on a base, in bfloat16, with those on its decoded values, in float32.
 
     Args:
-        model: computes in bfloat16.
-        held: the base.
-        plain: what it stands for.
+        model: a model that computes in bfloat16.
+        held: the base, as stored.
+        plain: the decoded base.
     """
     ids = jnp.asarray(np.random.default_rng(1).integers(0, VOCAB, (ROWS, LENGTH)), jnp.int32)
     batch = {

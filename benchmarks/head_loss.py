@@ -1,12 +1,12 @@
-"""What the head and the loss of a language model add to a step's memory: in chunks, as runs compute
-it, and by the whole logits.
+"""Memory of the head and the loss of a language model in a step: in chunks, as in a run, and with
+full logits.
 
     python -m benchmarks.head_loss [--vocab 256000] [--tokens 8192] [--hidden 4096]
 
-Prints a JSON line for each way. `temporaries_gib` is what the compiled program of the loss and its
-gradients plans besides its arguments and results, the gradient of the hidden states among the
-results; `peak_gib` is what the device reports on top of what lay there before, where it reports
-anything. `ms` is the median of ten calls. The head is frozen, as under LoRA.
+Prints a JSON line for each variant. `temporaries_gib` is the size of the temporaries in the
+compiled program of the loss and its gradients, without arguments and results (the gradient of the
+hidden states is a result); `peak_gib` is the memory that the device reports above that in use
+before, if it reports any. `ms` is the median of ten calls. The head is frozen, as with LoRA.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GIB = 2**30
 
 
 def main(argv: list[str]) -> None:
-    """Measure both ways; the chunks first, since a device reports its highest peak alone."""
+    """Measure both variants, the chunks first, since a device reports only its highest peak."""
     parser = argparse.ArgumentParser(prog="benchmarks.head_loss")
     parser.add_argument("--vocab", type=int, default=256_000)
     parser.add_argument("--tokens", type=int, default=8192)

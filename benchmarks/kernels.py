@@ -1,5 +1,4 @@
-"""Where the device's time goes: the kernels of a profile that `benchmarks.step --trace FOLDER`
-left, by their sum.
+"""Device time by kernel, summed over a profile that `benchmarks.step --trace FOLDER` has written.
 
 python -m benchmarks.kernels FOLDER [--top 40] [--steps 3]
 """
@@ -13,7 +12,7 @@ from pathlib import Path
 
 
 def main(argv: list[str]) -> None:
-    """Print milliseconds a step, how many calls, and the name of each kernel."""
+    """Print the milliseconds per step, the number of calls, and the name of each kernel."""
     parser = argparse.ArgumentParser(prog="benchmarks.kernels")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--top", type=int, default=40)

@@ -1,13 +1,12 @@
-"""The main job on a Llama of 8 B parameters: seconds a step, tokens/s, FLOP/s utilization and peak
-memory of a device.
+"""The training job on a Llama of 8 B parameters: seconds per step, tokens/s, FLOP/s utilization and
+peak memory of a device.
 
     python -m benchmarks.llama_8b [--steps 20] [--folder FOLDER] [--config.OPTION=VALUE ...]
 
-Runs configs/llama3_8b_lora.py as it stands, on a model of Llama-3.1-8B's shape with random numbers
-and on made-up texts whose lengths are like alpaca's: what a step costs does not depend on the
-numbers, and nothing is downloaded. What the run needs is written to FOLDER (16 GB; a temporary one
-by default). Prints one JSON line of the median of all steps but the first five, with their
-extremes.
+Runs configs/llama3_8b_lora.py, unchanged, on a model of Llama-3.1-8B's shape with random weights
+and on synthetic texts with lengths like alpaca's: the cost of a step does not depend on the values,
+and nothing is downloaded. The inputs of the run are written to FOLDER (16 GB; a temporary one by
+default). Prints one JSON line with the median of all steps but the first five, and their extremes.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ CONFIG = "configs/llama3_8b_lora.py"
 
 
 def main() -> None:
-    """Make what is needed, runs the main job, prints the figures."""
+    """Create the inputs, run the training job, and print the measurements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--folder", type=Path)
@@ -48,7 +47,7 @@ def main() -> None:
 
 
 def run(folder: Path, workdir: Path, steps: int, overrides: list[str]) -> None:
-    """Run the config in a process of its own."""
+    """Run the config in a separate process."""
     command = [sys.executable, "-m", "jaxpeft.train", "--config", CONFIG, "--workdir", str(workdir)]
     options = {
         "model.path": folder,
@@ -66,7 +65,7 @@ def run(folder: Path, workdir: Path, steps: int, overrides: list[str]) -> None:
 
 
 def figures(workdir: Path) -> dict[str, Any]:
-    """Return the medians of the steps of a run, padding not counted as tokens."""
+    """Return the medians of the steps of a run; padding does not count as tokens."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     tokens = [line["tokens"] for line in lines if "tokens" in line][WARM_UP:]
     steps = [line for line in lines if "tokens_per_second" in line][WARM_UP:]
@@ -87,7 +86,7 @@ def figures(workdir: Path) -> dict[str, Any]:
 
 
 def make_model(folder: Path) -> None:
-    """Write the model: one file a layer, the same random numbers in each."""
+    """Write the model: one file per layer, with the same random numbers in each."""
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +138,7 @@ def make_model(folder: Path) -> None:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """Write a tokenizer of as many words as the model has rows, one token a word."""
+    """Write a tokenizer with as many words as the model has rows, one token per word."""
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast
@@ -157,9 +156,7 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def make_texts(path: Path) -> None:
-    """Write texts of random words; their lengths are log-normal about 100 tokens, as alpaca's
-    are.
-    """
+    """Write texts of random words; their lengths are log-normal around 100 tokens, as in alpaca."""
     rng = np.random.default_rng(0)
     lengths = np.clip(np.exp(rng.normal(np.log(100), 0.6, ROWS)), SHORTEST, LONGEST).astype(int)
     with path.open("w") as file:

@@ -1,12 +1,13 @@
-"""Loading a model: GB/s beside a plain read of the same file, and peak host memory.
+"""Loading speed of a model in GB/s, compared with a plain read of the same file, and peak host
+memory.
 
     python -m benchmarks.loading [--layers 22] [--dtype bfloat16] [--scan] [--folder FOLDER]
 
-Makes a Llama of TinyLlama's shape (1.1 B parameters at 22 layers) with random numbers in a
-temporary folder, or takes the model in FOLDER. The plain read reads the file into one buffer of 8
-MiB, again and again; both find the file in the page cache. Memory is that of a process of its own:
-its peak, less what it used before `load` was called. Prints one JSON line; `peak_allowed_gb` is the
-mark: the model's size plus 1.5 of its largest tensor.
+Creates a Llama of TinyLlama's shape (1.1 B parameters with 22 layers) with random numbers in a
+temporary folder, or uses the model in FOLDER. The plain read reads the file repeatedly into one
+buffer of 8 MiB; both read from the page cache. Memory is that of a separate process: its peak,
+minus its memory before `load` was called. Prints one JSON line; `peak_allowed_gb` is the target:
+the model's size plus 1.5 times its largest tensor.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ REPEATS = 3
 
 
 def main() -> None:
-    """Measure and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def measure(folder: Path, scan: bool) -> dict[str, Any]:
-    """Read and load, turn by turn, and return the figures of the best of three."""
+    """Read and load, alternating, and return the best of three."""
     from jaxpeft.hub.weights.safetensors_files import open_folder
 
     tensors = open_folder(folder).values()
@@ -79,7 +80,7 @@ def measure(folder: Path, scan: bool) -> dict[str, Any]:
 
 
 def plain_read(files: list[Path]) -> float:
-    """Return the seconds that reading the files takes."""
+    """Return the seconds of reading the files."""
     buffer = bytearray(BLOCK)
     started = time.perf_counter()
     for file in files:
@@ -90,9 +91,7 @@ def plain_read(files: list[Path]) -> float:
 
 
 def load_once(folder: Path, scan: bool) -> dict[str, float]:
-    """Load the model in this process: seconds, and the peak of memory above what was used
-    before.
-    """
+    """Load the model in this process; return the seconds, and the peak memory above that before."""
     import jax
 
     import jaxpeft

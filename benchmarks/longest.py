@@ -1,11 +1,11 @@
-"""The longest row that trains in a budget of memory, batch 1: by the compiled programs of two
-lengths, then tried.
+"""The longest row that trains within a memory budget, batch 1: extrapolated from two compiled
+programs, then tried.
 
     python -m benchmarks.longest [--budget 80 GB] [--shape llama3_8b] [--quant nf4] [--remat full] [--probe 16384 32768]
 
-Memory is a constant and so much a token: two compiled programs tell both, and the row that they let
-expect is compiled and trained on for a step, its memory measured. Prints a JSON line. Options of
-`benchmarks.step` that are not named here are as there.
+Memory is a constant plus a size per token: two compiled programs determine both, and the predicted
+row is compiled and trained on for a step, with its memory measured. Prints a JSON line. All other
+options are those of `benchmarks.step`.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def _of(options: Any) -> dict[str, Any]:
 
 
 def trained(program: step.Program, length: int, steps: int) -> dict[str, Any]:
-    """Train a few steps on a row of a length; say what they took."""
+    """Train a few steps on a row of a length; return the time and memory."""
     import jax
 
     began = time.perf_counter()

@@ -1,6 +1,4 @@
-"""How long a small part of a step takes on a device, where calling it takes longer than computing
-it.
-"""
+"""Time of a small operation on a device, whose call takes longer than its computation."""
 
 from __future__ import annotations
 
@@ -17,15 +15,15 @@ from jaxpeft.train import compiling
 def milliseconds(
     once: Callable[[Any, Any], Any], carry: Any, held: Any, loops: tuple[int, int]
 ) -> float:
-    """Return the milliseconds of one round, as the difference of two programs that loop: calling
-    them is in both.
+    """Return the milliseconds of one round, from the difference of two programs that loop, both of
+    which include the overhead of a call.
 
     Args:
-        once: computes a round, `(carry, held) -> carry`; what it leaves out of its result may not
-            be computed at all.
+        once: computes a round, `(carry, held) -> carry`; the compiler may remove computations that do
+            not affect its result.
         carry: arrays of the first round.
         held: arrays that are the same in all rounds.
-        loops: rounds of the two programs, the fewer first.
+        loops: rounds of the two programs, the smaller first.
     """
 
     def program(count: int) -> Callable[[], Any]:

@@ -1,11 +1,12 @@
-"""LoRA training steps a second on this machine's CPU, beside torch `peft`, pair by pair in one run.
+"""LoRA training steps per second on the CPU, compared with `peft` on torch, pair by pair in one
+run.
 
     python -m benchmarks.lora_cpu [--batch 32] [--length 32] [--rank 16] [--pairs 8] [--steps 10] [--threads 2]
 
 Both train the same MiniLM-L6 classifier (77 labels, `pooler`), from the same weights and adapters,
-on the same random batch, with LoRA on all linear layers, float32, AdamW, dropout off. A pair is a
-block of steps of each, one right after the other; the order changes from pair to pair. Prints one
-JSON line: steps/s of each, the median ratio, and both losses.
+on the same random batch, with LoRA on all linear layers, float32, AdamW, without dropout. A pair is
+a block of steps of each, one right after the other; the order alternates. Prints one JSON line:
+steps/s of each, the median ratio, and both losses.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ LABELS = 77
 
 
 def main() -> None:
-    """Measure and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     for name, default in (
         ("batch", 32),
@@ -80,8 +81,8 @@ def main() -> None:
 def jaxpeft_step(
     batch: dict[str, np.ndarray[Any, Any]], rank: int, folder: str
 ) -> Callable[[], float]:
-    """Make our step on a fixed batch, and save its fresh adapter in `folder`; a call runs it and
-    return the loss.
+    """Build jaxpeft's step on a fixed batch, and save its fresh adapter in `folder`; a call runs
+    the step and returns the loss.
     """
     import jax
     import optax
@@ -119,7 +120,7 @@ def without_dropout(config: Any) -> Any:
 def peft_step(
     batch: dict[str, np.ndarray[Any, Any]], threads: int, folder: str
 ) -> Callable[[], float]:
-    """Make the same step of torch `peft`, from the adapter in `folder`."""
+    """Build the same step with `peft` on torch, from the adapter in `folder`."""
     import torch
     from peft import PeftModel
     from transformers import BertForSequenceClassification

@@ -1,15 +1,15 @@
-"""Three ways to compute `x (W + A B)` of the linear sites that read one input, forward and
-backward, by shape and number format.
+"""Three ways to compute `x (W + A B)` for linear sites with the same input, forward and backward,
+by shape and number format.
 
     python -m benchmarks.lora_product [--shape llama3_8b] [--rows 8192] [--quant none nf4] [--rank 16]
 
 Prints a JSON line for each: `apart` differentiates `x W + (x A) B` site by site; `joint` is
-`jaxpeft.kernels.joint`, what a run computes; `merged` makes `W + A B` in bfloat16 for each of both
-products, a custom VJP that keeps neither, and so reads and writes no activation for the update's
-sake. `ms` is one call, forward and backward with the gradients of the input and of all factors,
-median of 20, each by the difference of loops of two lengths in one program. `update_error` is
-`||found - exact|| / ||exact||` of what the update alone adds to the outputs, for factors whose
-product is a thousandth of the kernel: what is lost where `W + A B` is rounded to bfloat16.
+`jaxpeft.kernels.joint`, as in a run; `merged` computes `W + A B` in bfloat16 in each of the two
+passes, with a custom VJP that saves neither, so that the update causes no reads or writes of
+activations. `ms` is one call, forward and backward with the gradients of the input and of all
+factors, the median of 20, from the difference of loops of two lengths in one program.
+`update_error` is `||found - exact|| / ||exact||` of the update's contribution to the outputs, for
+factors whose product is a thousandth of the kernel: the loss from rounding `W + A B` to bfloat16.
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def apart(x: Any, sites: list[joint.LinearSite]) -> tuple[Any, ...]:
 
 
 def merged(x: Any, sites: list[joint.LinearSite]) -> tuple[Any, ...]:
-    """Compute the sites with kernels that the update has been added to, made anew for each
-    product.
-    """
+    """Compute the sites with merged kernels, computed again for each product."""
     return tuple(_merged(site.stored, *(site.factors or ()))(x) for site in sites)
 
 
@@ -89,7 +87,9 @@ WAYS: Mapping[str, Ways] = {"apart": apart, "joint": joint.products, "merged": m
 
 
 def groups(shape: str) -> dict[str, tuple[int, list[int]]]:
-    """Return the sites of one layer that read one input: the inputs, and the outputs of each."""
+    """Return the groups of sites of one layer with the same input: the inputs, and the outputs of
+    each site.
+    """
     of = SHAPES[shape]
     d, wide = of["hidden_size"], of["intermediate_size"]
     kv = d // of["num_attention_heads"] * of["num_key_value_heads"]
@@ -102,7 +102,7 @@ def groups(shape: str) -> dict[str, tuple[int, list[int]]]:
 
 
 def main(argv: list[str]) -> None:
-    """Measure every group of sites in every format, each way."""
+    """Measure every group of sites in every format and variant."""
     parser = argparse.ArgumentParser(prog="benchmarks.lora_product")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama3_8b")
     parser.add_argument("--rows", type=int, default=8192)
@@ -169,7 +169,7 @@ def timed(
 
 
 def update_error(run: Ways, sites: list[joint.LinearSite], n_in: int, rows: int = 256) -> float:
-    """Return the relative error of what the updates add to the outputs."""
+    """Return the relative error of the updates' contribution to the outputs."""
     x = jax.random.normal(jax.random.key(9), (1, rows, n_in)).astype(jnp.bfloat16)
     none = [
         dataclasses.replace(site, factors=(jnp.zeros_like(site.factors[0]), site.factors[1]))
@@ -201,7 +201,7 @@ def _wide(site: joint.LinearSite) -> Leaves:
 
 
 def _held(site: joint.LinearSite, dtype: Any) -> Any:
-    """Return the merged kernel, as it is rounded."""
+    """Return the merged kernel, rounded."""
     a, b = site.factors or (None, None)
     return (_wide(site)["kernel"] + a @ b).astype(dtype).astype(jnp.float32)
 

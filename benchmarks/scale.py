@@ -1,12 +1,12 @@
-"""Plans for large models on large topologies, with no accelerator: `python -m benchmarks.scale`, a
-nightly's work.
+"""Plans for large models on large topologies, without accelerators: `python -m benchmarks.scale`,
+as a nightly job.
 
     python -m benchmarks.scale [--models llama3_8b ...] [--topologies v5e:16x16 ...] [--strategies fsdp ...] [--write-only]
 
-Plans LoRA of rank 16 on all linear layers, one row of 2048 tokens a device, for every model,
-topology and strategy, each in a process of its own (`python -m jaxpeft.plan`), and adds the plans
-to benchmarks/results/scale.jsonl, one a line; what stands there already is not planned again. Then
-writes docs/scale.md from that file. `--write-only` only does that.
+Plans LoRA of rank 16 on all linear layers, with one row of 2048 tokens per device, for every model,
+topology and strategy, each in a separate process (`python -m jaxpeft.plan`), and appends the plans
+to benchmarks/results/scale.jsonl, one per line; existing plans are skipped. Then it writes
+docs/scale.md from that file. `--write-only` does only that.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ is.
 
 @dataclass(frozen=True)
 class Case:
-    """What one process plans.
+    """One plan, made in a separate process.
 
     Attributes:
         model: a name in `jaxpeft.plan.shapes.SHAPES`.
         quant: number format of its base.
-        topology: as `--topology`.
-        strategy: of the mesh.
+        topology: value of `--topology`.
+        strategy: strategy of the mesh.
     """
 
     model: str
@@ -58,7 +58,7 @@ class Case:
 
     @property
     def devices(self) -> int:
-        """How many there are."""
+        """Return the number of devices."""
         count = 1
         for n in self.topology.partition(":")[2].split("x"):
             count *= int(n)
@@ -66,9 +66,7 @@ class Case:
 
 
 def main(argv: list[str]) -> int:
-    """Plan what is missing, and write the page; return the exit code: 1 where a case gave no
-    plan.
-    """
+    """Make missing plans, and write the page; return the exit code: 1 if a case has no plan."""
     parser = argparse.ArgumentParser(prog="benchmarks.scale")
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(SHAPES))
     parser.add_argument("--topologies", nargs="*", default=list(TOPOLOGIES))
@@ -99,7 +97,7 @@ def main(argv: list[str]) -> int:
 
 
 def cases(options: Any) -> Iterator[Case]:
-    """Yield what is asked for, models that compile fast first."""
+    """Yield the requested cases, models that compile fast first."""
     if options.chosen:
         yield from (Case(*one, strategy) for one in CHOSEN for strategy in options.strategies)
         return
@@ -111,20 +109,20 @@ def cases(options: Any) -> Iterator[Case]:
 
 
 def lines() -> list[dict[str, Any]]:
-    """Read the plans that there are."""
+    """Read the existing plans."""
     return (
         [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.is_file() else []
     )
 
 
 def done() -> set[Case]:
-    """Return the cases that there are plans of."""
+    """Return the cases with existing plans."""
     return {Case(**line["case"]) for line in lines()}
 
 
 def run(case: Case, timeout: float, tries: int) -> bool:
-    """Plan one case, and add it to the results; one that takes too long or fails is said and left
-    out, and return False.
+    """Plan one case, and append it to the results; report a case that times out or fails, and
+    return False for it.
     """
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "plan.json"
@@ -236,7 +234,7 @@ def page(found: list[dict[str, Any]]) -> str:
 
 
 def _missing(found: list[dict[str, Any]]) -> list[str]:
-    """Return which cases of the grid have no plan yet."""
+    """Return the cases of the grid without a plan."""
     there = {Case(**line["case"]) for line in found}
     rows: list[str] = []
     for model in MODELS:
@@ -254,7 +252,7 @@ def _missing(found: list[dict[str, Any]]) -> list[str]:
 
 
 def named(row: Mapping[str, Any]) -> str:
-    """Return a strategy with what is changed."""
+    """Return the name of a strategy with its changes."""
     return f"{row['strategy']}, {row['change']}" if row["change"] else row["strategy"]
 
 

@@ -1,13 +1,13 @@
-"""Ways to read a part of each row of a matrix in a file, as a shard along a tensor's columns needs:
-GB/s of the part.
+"""Ways to read a slice of each row of a matrix in a file, as for a shard along a tensor's columns:
+GB/s of the slice.
 
     python -m benchmarks.segments [--megabytes 256]
 
-`calls` is one `pread` for each row, `mapped` copies out of a mapping of a few rows, which is what
-`jaxpeft` does (`hub/weights/safetensors_files.py`), `whole` reads the rows whole and keeps the
-part, which asks for all bytes. Blocks of a megabyte, one thread, best of three in turns; warm is by
-the time of the processor, which does not count what else the machine does, cold, after the file was
-dropped from the page cache, by the clock. Prints a JSON line for each size.
+`calls` is one `pread` per row, `mapped` copies from a mapping of a few rows, as `jaxpeft` does
+(`hub/weights/safetensors_files.py`), `whole` reads complete rows and keeps the slice, which reads
+all bytes. Blocks of a megabyte, one thread, the best of three, alternating; warm is by CPU time,
+which excludes other work of the machine, cold, after dropping the file from the page cache, by
+wall-clock time. Prints a JSON line for each size.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Read = Callable[[Tensor, int, int, tuple[int, int]], Any]
 
 
 def calls(tensor: Tensor, start: int, stop: int, columns: tuple[int, int]) -> np.ndarray[Any, Any]:
-    """Read with a call for each row."""
+    """Read with one call per row."""
     row, at = tensor.shape[1] * 2, columns[0] * 2
     out = np.empty((stop - start, columns[1] - columns[0]), np.uint16)
     view, size = out.reshape(-1).view(np.uint8).data, (columns[1] - columns[0]) * 2
@@ -50,12 +50,12 @@ def mapped(tensor: Tensor, start: int, stop: int, columns: tuple[int, int]) -> n
 
 
 def whole(tensor: Tensor, start: int, stop: int, columns: tuple[int, int]) -> np.ndarray[Any, Any]:
-    """Read the rows whole."""
+    """Read complete rows."""
     return tensor.read_rows(start, stop)[:, slice(*columns)].copy()
 
 
 def main() -> None:
-    """Measure and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--megabytes", type=int, default=256)
     size = parser.parse_args().megabytes << 20
@@ -80,7 +80,7 @@ def main() -> None:
 
 
 def speed(way: Read, tensor: Tensor, parts: int, clock: Callable[[], float]) -> float:
-    """Read one part of all rows, a block after the other: GB/s."""
+    """Read a slice of all rows, block by block; return GB/s."""
     part = tensor.shape[1] // parts
     step, started = max(1, _BLOCK // (2 * part)), clock()
     for start in range(0, tensor.shape[0], step):

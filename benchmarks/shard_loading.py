@@ -1,19 +1,19 @@
-"""Loading a model into shards with several processes: bytes read, share held, peak host memory and
-seconds of each.
+"""Loading a model into shards with several processes: bytes read, size of the shards, peak host
+memory and seconds of each process.
 
     python -m benchmarks.shard_loading [--layers 6] [--processes 1 2 4] [--folder FOLDER]
 
-Makes a Llama of TinyLlama's width with random numbers in a temporary folder, or takes the model in
-FOLDER, and loads it with 1, 2 and 4 processes of two CPU devices each, joined by gloo. `fsdp` cuts
-every matrix along the rows of its tensor in the file; `tensor` as tensor parallelism does: o and
-down along columns, all others along rows; `columns` cuts every matrix of a layer along columns. Of
-each process: `read_mb` is what it asked of the files, `held_mb` what its devices hold, each part
-once, `part_mb` the same share of the model's `model_mb`; `peak_mb` the peak of its memory during
-the load less what it used before, which on a CPU has in it what the devices hold; `above_mb` is
-without that, to be set beside `largest_mb`, the largest part that a device holds. Where kernels are
-quantized on the way, a CPU device's work on the present one and the compiler are in it. All
-processes share this machine's cores, and find the files in the page cache. Prints a JSON line for
-each run, with the largest figures of its processes.
+Creates a Llama of TinyLlama's width with random numbers in a temporary folder, or uses the model in
+FOLDER, and loads it with 1, 2 and 4 processes of two CPU devices each, connected by gloo. `fsdp`
+shards every matrix along the rows of its tensor in the file; `tensor` is tensor parallelism: o and
+down along columns, all other matrices along rows; `columns` shards every matrix of a layer along
+columns. For each process, `read_mb` is the number of bytes that it reads from the files, `held_mb`
+the size of its devices' shards, each counted once, `part_mb` the same share of the model's
+`model_mb`; `peak_mb` is its peak memory during the load minus its memory before, which on a CPU
+includes the shards; `above_mb` excludes them, for comparison with `largest_mb`, the largest shard
+of a device. With quantization on loading, it includes the work of a CPU device on one kernel, and
+the compiler. All processes share this machine's cores, and read from the page cache. Prints a JSON
+line for each run, with the maxima over its processes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ RUNS = (
 
 
 def main() -> None:
-    """Measure and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
@@ -70,8 +70,8 @@ def main() -> None:
 
 
 def measure(folder: Path, counts: list[int]) -> Iterator[dict[str, Any]]:
-    """Run every way with every number of processes; yields the figures of a run, the largest of its
-    processes.
+    """Run every sharding with every number of processes; yield the maxima over the processes of a
+    run.
     """
     import jax
 
@@ -94,7 +94,7 @@ def measure(folder: Path, counts: list[int]) -> Iterator[dict[str, Any]]:
 
 
 def run(folder: Path, count: int, options: dict[str, Any]) -> list[dict[str, float]]:
-    """Load once, in processes of its own."""
+    """Load once, in separate processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -129,7 +129,7 @@ def run(folder: Path, count: int, options: dict[str, Any]) -> list[dict[str, flo
 def load(
     folder: Path, port: str, count: int, index: int, options: dict[str, Any]
 ) -> dict[str, float]:
-    """Load this process's part: the figures of one process."""
+    """Load this process's shards; return the measurements of one process."""
     import jax
 
     jax.config.update("jax_num_cpu_devices", DEVICES)
@@ -174,7 +174,7 @@ def load(
 
 
 def places(leaves: Any, way: str) -> Any:
-    """Return the sharding of each leaf, over all devices; small ones are on each of them."""
+    """Return the sharding of each leaf, over all devices; small leaves are replicated."""
     import jax
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -203,7 +203,7 @@ def places(leaves: Any, way: str) -> Any:
 
 
 def peak_bytes() -> int:
-    """Return the most memory that this process has used since the peak was set back (Linux)."""
+    """Return the peak memory of this process since the peak was reset (Linux)."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(
         next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))

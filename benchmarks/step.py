@@ -1,15 +1,15 @@
-"""One training step of a model of a true shape: tokens/s, memory, compilation, utilization, loss;
-beside torch's if asked for.
+"""One train step of a model of real shape: tokens/s, memory, compilation, utilization, loss; with
+torch peers on request.
 
     python -m benchmarks.step [--shape llama3_8b] [--batch 4] [--length 2048] [--method lora] [--quant none] [--remat none]
                               [--scan] [--steps 12] [--cache] [--peer peft ...] [--xla NAME=VALUE ...] [--trace FOLDER]
 
-Prints one JSON line, and one before for each peer, which runs in a process of its own. The weights
-are random numbers of the model's shape, the tokens random ids; the step is that of the main job
+Prints one JSON line, after one for each peer, which runs in a separate process. The weights are
+random numbers of the model's shape, the tokens random ids; the step is that of the training job
 (`jaxpeft.train.step`), with AdamW and clipping. Method `none` trains the embedding of one token:
-the gradient goes through all layers, and no linear site is adapted.
+the gradient passes through all layers, and no linear site is adapted.
 
-Peers, torch with Hugging Face PEFT: `peft` (eager), `peft-compile`, `peft-checkpoint`, `peft-nf4`,
+Peers, Hugging Face PEFT on torch: `peft` (eager), `peft-compile`, `peft-checkpoint`, `peft-nf4`,
 `peft-nf4-checkpoint`, `peft-liger`, `peft-liger-checkpoint`.
 """
 
@@ -68,13 +68,13 @@ GIB = 2**30
 
 
 def flops(shape: Mapping[str, Any], batch: int, length: int, adapter: int) -> float:
-    """Return the FLOPs that a step cannot do without: 4 a frozen and 6 a trained weight and token,
-    and causal attention's.
+    """Return the minimum FLOPs of a step: 4 per frozen and 6 per trained weight and token, and
+    those of causal attention.
 
     Args:
-        shape: of the model.
-        batch: rows.
-        length: tokens a row.
+        shape: shape of the model.
+        batch: number of rows.
+        length: tokens per row.
         adapter: number of trained weights that are multiplied with each token.
     """
     d, wide = shape["hidden_size"], shape["intermediate_size"]
@@ -88,7 +88,7 @@ def flops(shape: Mapping[str, Any], batch: int, length: int, adapter: int) -> fl
 
 
 def main(argv: list[str]) -> None:
-    """Run what is asked for."""
+    """Run the requested programs."""
     parser = argparse.ArgumentParser(prog="benchmarks.step")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama3_8b")
     parser.add_argument("--batch", type=int, default=4)
@@ -138,14 +138,14 @@ def emit(line: Mapping[str, Any]) -> None:
 def figures(
     options: Any, adapter: int, seconds: list[float], peak: float, kind: str
 ) -> dict[str, Any]:
-    """Return what every program reports.
+    """Return the measurements that every program reports.
 
     Args:
-        options: of the command.
+        options: options of the command.
         adapter: number of trained weights.
-        seconds: of the measured steps.
+        seconds: seconds of the measured steps.
         peak: bytes of the device's memory.
-        kind: of the device.
+        kind: kind of the device.
     """
     median = statistics.median(seconds)
     work = flops(SHAPES[options.shape], options.batch, options.length, adapter) / median
@@ -168,7 +168,7 @@ def figures(
 
 
 def bf16_peak(kind: str) -> float:
-    """Return the bf16 FLOP/s of a device by its vendor's data sheet, 0 where they are not known."""
+    """Return the bf16 FLOP/s of a device from its data sheet, or 0 if unknown."""
     from jaxpeft.chips import chip_of
 
     chip = chip_of(kind)
@@ -176,7 +176,7 @@ def bf16_peak(kind: str) -> float:
 
 
 def token_ids(options: Any) -> Any:
-    """Return the random ids of the batch, `[batch, length]` int32: the same in every program."""
+    """Return the random ids of the batch, `[batch, length]` int32, the same in every program."""
     import numpy as np
 
     vocab = SHAPES[options.shape]["vocab_size"]
@@ -189,14 +189,14 @@ def token_ids(options: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A step of the main job, ready to be compiled.
+    """A step of the training job, ready to be compiled.
 
     Attributes:
-        model: of the shape.
-        step: jitted, its state donated.
-        state: the trainable part, and the optimizer's.
-        frozen: the rest of the tree.
-        batch: of random tokens.
+        model: model of the shape.
+        step: jitted step, which donates its state.
+        state: trainable part, and optimizer state.
+        frozen: frozen part of the tree.
+        batch: batch of random tokens.
     """
 
     model: Any
@@ -206,7 +206,7 @@ class Program:
     batch: Any
 
     def compiled(self, xla: Mapping[str, Any] | None = None) -> Any:
-        """Compile it as the main job does, with more XLA options if there are any."""
+        """Compile the step as the training job does, with additional XLA options if set."""
         import jax
 
         from jaxpeft.train import compiling
@@ -216,7 +216,7 @@ class Program:
 
 
 def program(options: Any) -> Program:
-    """Make the step of the main job, and what it takes, from the options of the command."""
+    """Build the step of the training job and its arguments from the options of the command."""
     import jax
     import optax
 
@@ -242,7 +242,7 @@ def program(options: Any) -> Program:
 
 
 def batch_of(ids: Any) -> dict[str, Any]:
-    """Return the batch of rows of ids `[batch, length]`, every token of which is learned."""
+    """Return the batch of rows of ids `[batch, length]`, with every token in the loss."""
     import jax.numpy as jnp
 
     ids = jnp.asarray(ids)
@@ -302,8 +302,8 @@ def ours(options: Any) -> dict[str, Any]:
 
 
 def planned(compiled: Any) -> float:
-    """Return the bytes that the compiled step plans with: arguments, results that are not donated,
-    and temporaries.
+    """Return the bytes of the compiled step: arguments, results that are not donated, and
+    temporaries.
     """
     analysis = compiled.memory_analysis()
     if analysis is None:
@@ -329,8 +329,8 @@ def method_of(options: Any) -> Any:
 
 
 def random_model(options: Any) -> tuple[Any, Any]:
-    """Return a model of the shape, and its base: normal numbers, leaf by leaf, quantized as each is
-    there.
+    """Return a model of the shape, and its base: normal numbers, leaf by leaf, each quantized when
+    created.
     """
     import jax
     import jax.numpy as jnp

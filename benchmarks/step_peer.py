@@ -1,11 +1,11 @@
-"""The step of `benchmarks.step` by torch: Hugging Face transformers and PEFT, in the ways that
-people run them.
+"""The step of `benchmarks.step` on torch: Hugging Face transformers and PEFT, in their usual
+configurations.
 
     python -m benchmarks.step_peer PEER [the options of benchmarks.step]
 
 Prints one JSON line. The model has the same shape, random weights and token ids; LoRA is on all
-linear layers, its adapters in bfloat16, which is faster than PEFT's usual float32; nothing else is
-raised to float32 either. AdamW is fused.
+linear layers, with adapters in bfloat16, which is faster than PEFT's usual float32; no other tensor
+is cast to float32 either. AdamW is fused.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from benchmarks import step
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """One way to run PEFT: compiled, with gradient checkpointing, on an NF4 base by bitsandbytes,
-    with the kernels of Liger.
+    """A configuration of PEFT: compiled, with gradient checkpointing, on an NF4 base by
+    bitsandbytes, or with the kernels of Liger.
     """
 
     compiled: bool = False
@@ -134,9 +134,7 @@ def made(how: Peer, options: Any) -> Any:
 
 
 def _to_nf4(model: Any) -> None:
-    """Put bitsandbytes' 4-bit layers, with double quantization, in place of the layers' linear
-    ones.
-    """
+    """Replace the linear layers by bitsandbytes' 4-bit layers, with double quantization."""
     import bitsandbytes as bnb
     import torch
 

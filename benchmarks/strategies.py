@@ -1,8 +1,8 @@
-"""The same loss and gradients however a run is spread: `python -m benchmarks.strategies [--devices
+"""The same loss and gradients under every sharding: `python -m benchmarks.strategies [--devices
 1,2,4,8]`, on simulated CPU devices.
 
-Of a tiny model, in float32, the loss and the gradients of one batch are computed under every
-strategy and on every number of devices, and compared with those of one device. In the table: the
+For a tiny model in float32, computes the loss and the gradients of one batch under every strategy
+and on every number of devices, and compares them with those of one device. The table has the
 largest difference, relative to the largest number of each leaf's gradient.
 """
 
@@ -69,14 +69,14 @@ BERT: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is computed.
+    """One computation to compare.
 
     Attributes:
         architecture: content of a `config.json`.
-        method: what is trained.
-        quant: form of the base, None for none.
-        packed: whether rows hold several documents.
-        scan: whether layers are stacked.
+        method: fine-tuning method.
+        quant: number format of the base, None for no quantization.
+        packed: whether rows contain several documents.
+        scan: whether layers are scanned.
         dropout: whether it is a training call.
     """
 
@@ -102,7 +102,7 @@ CASES: Mapping[str, Case] = {
 
 
 def prepared(case: Case) -> tuple[Pretrained, Tree, dict[str, np.ndarray[Any, Any]]]:
-    """Make model, rewritten parameters and a batch of a case, from fixed seeds."""
+    """Return model, rewritten parameters and a batch of a case, from fixed seeds."""
     decoder = case.architecture["model_type"] == "llama"
     task, labels = ("causal_lm", None) if decoder else ("sequence_classification", 3)
     model = models.build(
@@ -170,7 +170,7 @@ def computed(case: Case, options: MeshConfig, devices: int) -> tuple[float, floa
 
 
 def mesh_of(options: MeshConfig, devices: int) -> Mesh:
-    """Make the mesh of the first so many devices."""
+    """Return the mesh of the first devices, up to a number."""
     config = Config(
         mesh=options,
         train=TrainConfig(batch_size=ROWS, steps=1),
@@ -181,7 +181,7 @@ def mesh_of(options: MeshConfig, devices: int) -> Mesh:
 
 def difference(one: tuple[float, float, Tree], other: tuple[float, float, Tree]) -> float:
     """Return the largest relative difference of two results: of the losses, and of each leaf's
-    gradient by its largest number.
+    gradient relative to its largest number.
     """
     found = [abs(one[0] - other[0]) / abs(one[0]), abs(one[1] - other[1])]
     for a, b in zip(jax.tree.leaves(one[2]), jax.tree.leaves(other[2]), strict=True):
@@ -192,8 +192,8 @@ def difference(one: tuple[float, float, Tree], other: tuple[float, float, Tree])
 
 
 def options_of(strategy: str, devices: int) -> MeshConfig:
-    """Return the options of a strategy on so many devices: hybrid ones in two groups, long rows
-    over at most 8.
+    """Return the mesh options of a strategy on a number of devices: hybrid strategies in two
+    groups, long rows over at most 8.
     """
     slices = 2 if strategy == "hybrid_fsdp" and devices > 1 else 1
     return MeshConfig(strategy=strategy, slices=slices)  # pyright: ignore[reportArgumentType]

