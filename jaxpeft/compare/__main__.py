@@ -32,7 +32,7 @@ def _run(job: Job) -> int:
     if place is not None and place.processes != 1:
         raise ConfigError(
             f"python -m jaxpeft.compare: was started as one of several processes ({place.by}), but"
-            " runs in a single process; start it once, or set JAXPEFT_DISTRIBUTED=off"
+            " starts the process of each run itself; start it once, or set JAXPEFT_DISTRIBUTED=off"
         )
     with StopRequest() as stop:
         try:

@@ -147,7 +147,8 @@ def test_some_layers_of_a_stack_compute_as_unrolled_and_the_others_as_the_base()
     )
     (model, base), (plain_model, plain) = load("bert", scan_layers=True), load("bert")
     fresh = jaxpeft.rewrite(method, base, jax.random.key(0))
-    np.testing.assert_array_equal(run(model, fresh), run(model, base))
+    with jax.disable_jit():  # op by op: XLA fuses the two programs differently
+        np.testing.assert_array_equal(run(model, fresh), run(model, base))
     params = moved(method, fresh)
     node = params["bert"]["encoder"]["layer"]["output"]["dense"]
     assert not np.asarray(node["adapter_up_bias"])[0].any()
