@@ -41,7 +41,7 @@ def rows(splits: Splits, n: int, *, color: bool) -> Iterator[Text]:
             else np.zeros(encoded.lengths[row], bool)
         )
         counts = f"{encoded.lengths[row]} tokens" + (
-            f", {int(in_loss.sum())} in the loss" if encoded.per_token else ""
+            f", {int(in_loss.sum())} learned" if encoded.per_token else ""
         )
         yield Text(f"--- row {row + 1}: {counts}{_label(splits, row)}", style="bold")
         yield _render_tokens(splits.tokenizer, encoded, at, in_loss, color)

@@ -58,7 +58,7 @@ def test_learned_text_is_set_off_and_the_figures_are_those_of_the_rows(
 ) -> None:
     assert main(["--config", str(config_file), "--show", "2"]) == 0
     shown = capsys.readouterr().out
-    assert "--- row 1: 6 tokens, 3 in the loss" in shown
+    assert "--- row 1: 6 tokens, 3 learned" in shown
     assert shown.count("⟦word3 word4 [SEP]⟧") == shown.count("--- row") == 2
     figures = table(shown)
     assert figures["rows"] == ["4", "4"]
