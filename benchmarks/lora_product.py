@@ -179,9 +179,8 @@ def update_error(run: Ways, sites: list[joint.LinearSite], n_in: int, rows: int 
     exact = [
         x.astype(jnp.float32) @ site.factors[0] @ site.factors[1] for site in sites if site.factors
     ]
-    wide = x.astype(
-        jnp.float32
-    )  # in float32 the rounding of the outputs does not hide the update's
+    # in float32 the rounding of the outputs does not hide the update's
+    wide = x.astype(jnp.float32)
 
     def out(sites: list[joint.LinearSite]) -> list[Any]:
         if run is merged:

@@ -126,9 +126,8 @@ def made(how: Peer, options: Any) -> Any:
     lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules="all-linear")
     adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
     for parameter in adapted.parameters():
-        if (
-            parameter.requires_grad
-        ):  # bitsandbytes' layers give theirs in float32: products with it are slow
+        # bitsandbytes' layers give theirs in float32: products with it are slow
+        if parameter.requires_grad:
             parameter.data = parameter.data.to(torch.bfloat16)
     return adapted.train()
 

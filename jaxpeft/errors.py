@@ -79,7 +79,8 @@ def show(value: object, most: int = 80) -> str:
     except (
         ValueError,
         RecursionError,
-    ):  # an integer with thousands of digits, or deeply nested lists
+    ):
+        # an integer with thousands of digits, or deeply nested lists
         return f"{type(value).__name__} that is too large to be shown"
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 

@@ -71,9 +71,8 @@ def differences(
     Raises:
         ConfigError: a name in `allowed` is not a field.
     """
-    earlier = "config" not in saved.get(
-        "base", {"config": {}}
-    )  # an earlier version hashed the config with the weights
+    # an earlier version hashed the config with the weights
+    earlier = "config" not in saved.get("base", {"config": {}})
     if earlier:
         now = {**now, "base": {"sha256": now["base"]["sha256"]}}
     old, new = _fields(saved), _fields(now)

@@ -125,9 +125,8 @@ def _list_flag(cls: type[Any], name: str) -> bool:
 
 def _value(text: str | list[str], hint: Any) -> Any:
     if isinstance(text, str):
-        return (
-            text if hint == str | None else read_value(text, hint)
-        )  # a folder may be named `none`
+        # a folder may be named `none`
+        return text if hint == str | None else read_value(text, hint)
     return tuple(part for one in text for part in one.split(",") if part)
 
 

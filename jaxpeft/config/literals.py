@@ -46,9 +46,8 @@ def _literal(text: str) -> Any:
         return _NAMED[text.lower()]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # about unknown escapes in strings, which stay as they are
+            # about unknown escapes in strings, which stay as they are
+            warnings.simplefilter("ignore")
             return ast.literal_eval(text)
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         # all errors of literal_eval; the last two mean text that is nested too deeply

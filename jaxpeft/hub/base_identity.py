@@ -127,9 +127,8 @@ def _computing_fields(config: Mapping[str, Any], task: str) -> dict[str, Any]:
     """Return the config fields that affect what a model computes for a task, rope's flattened."""
     rope: Any = config.get("rope")
     unused = {name for name in config if name.endswith("_dropout")} | {"classifier_bias", "rope"}
-    if isinstance(
-        rope, Mapping
-    ):  # a decoder: no position embeddings, and only its classifier depends on the padding token
+    # a decoder: no position embeddings, and only its classifier depends on the padding token
+    if isinstance(rope, Mapping):
         unused |= set() if rope.get("kind") == "dynamic" else {"max_position_embeddings"}
         unused |= set() if task == "sequence_classification" else {"pad_token_id"}
     kept = {name: value for name, value in config.items() if name not in unused}

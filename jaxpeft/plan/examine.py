@@ -215,9 +215,8 @@ def _memory(
     """
     activations = kept.kept[run.model.options.remat]
     known = placed.base + placed.adapters + placed.optimizer
-    if (
-        setting.topology.chip.platform == "cuda"
-    ):  # the program was compiled for a CPU, so its memory is not that of the GPU
+    # the program was compiled for a CPU, so its memory is not that of the GPU
+    if setting.topology.chip.platform == "cuda":
         total = placed.held + kept.total(run.model.options.remat)
     else:
         total = compiled.total

@@ -21,9 +21,11 @@ from importlib.util import find_spec
 from typing import Any
 
 import jax
+
+# for its client: JAX has no public barrier with a timeout
 from jax._src import (
     distributed as jax_distributed,
-)  # for its client: JAX has no public barrier with a timeout
+)
 
 from jaxpeft import logs
 from jaxpeft.errors import ConfigError, PeersError

@@ -131,9 +131,8 @@ def gathered_codes(found: Layout) -> tuple[tuple[Path, PartitionSpec], ...]:
             for entry in tuple(where.spec)[stacked:]
         ]
         within, spec = path[at + 1 + (not stacked) :], _spec(others)
-        if (
-            gathered.setdefault(within, spec) != spec
-        ):  # user-defined rules that differ by layer: leave these to the partitioner
+        # user-defined rules that differ by layer: leave these to the partitioner
+        if gathered.setdefault(within, spec) != spec:
             differ.add(within)
     return tuple((path, spec) for path, spec in gathered.items() if path not in differ)
 

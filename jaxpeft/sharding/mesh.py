@@ -184,9 +184,8 @@ def _arrange(
     axis = options.across
     outer = tuple(slices if name == axis else 1 for name in along)
     inner = tuple(size // slices if name == axis else size for name, size in along.items())
-    if (
-        len(_groups(devices)) == 1
-    ):  # simulated devices have no groups: treat consecutive devices as a slice
+    # simulated devices have no groups: treat consecutive devices as a slice
+    if len(_groups(devices)) == 1:
         return _by_order(devices, inner, AXES.index(axis), slices)
     by_process = len({getattr(device, "slice_index", 0) or 0 for device in devices}) == 1
     return mesh_utils.create_hybrid_device_mesh(

@@ -145,9 +145,8 @@ def _check(config: Config, outlined: Outline, length: int, steps: int, mesh: Mes
         tree.partition(shardings(mesh, rules, params, method), mask)[0],
     )
     held = jax.tree.map(lambda leaf, where: math.prod(where.shard_shape(leaf.shape)), *own)
-    training_hooks.wrap_optimizer(
-        method, optax.identity(), steps
-    )  # rejects a schedule that does not fit the run
+    # rejects a schedule that does not fit the run
+    training_hooks.wrap_optimizer(method, optax.identity(), steps)
     if not config.compare.candidates:  # a rule may apply to another candidate
         require_used(rules, outlined.leaves, params)
     return sum(jax.tree.leaves(held))

@@ -69,9 +69,8 @@ def train(run: Run, state: LoopState) -> LoopState:
                 report(state.step)
                 saves = ends_period(run, state.step, setup.config.checkpoint.every_steps)
                 if evaluation_due(run, state) or saves or is_finished(run, state):
-                    jax.block_until_ready(
-                        state.train
-                    )  # so that pending steps do not count as evaluation or saving time
+                    # so that pending steps do not count as evaluation or saving time
+                    jax.block_until_ready(state.train)
                     with run.metrics.pause_clock():
                         if evaluation_due(run, state):
                             state = evaluate(run, state)

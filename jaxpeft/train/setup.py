@@ -128,9 +128,8 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
         JaxpeftError: an input is invalid.
     """
     source = sources.resolve(config.model.path, config.model.revision)
-    described = architecture(
-        source
-    )  # check config.json first, since the tokenizer library's error would be less clear
+    # check config.json first, since the tokenizer library's error would be less clear
+    described = architecture(source)
     mesh, rules = _mesh(config, source), sharding_rules(config.mesh)
     compiling.keep_programs(config.train.compiled)
     splits = read_splits(config, source, partial(row_progress, config.log.progress))

@@ -109,9 +109,8 @@ def make_train_step(
         weight_or_one = jnp.maximum(weight, 1e-9)
         grads = jax.tree.map(lambda g: g / weight_or_one, sums)
         added, grads = _with_penalty(penalty, state.trainable, grads)
-        with jax.numpy_dtype_promotion(
-            "standard"
-        ):  # optax raises decay rates to the power of an integer step
+        # optax raises decay rates to the power of an integer step
+        with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(grads, state.optimizer, state.trainable)
         trainable: Any = optax.apply_updates(state.trainable, updates)
         squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)]

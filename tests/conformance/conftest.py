@@ -190,9 +190,8 @@ SUBJECTS = [
 ]
 
 
-@pytest.fixture(
-    scope="module"
-)  # so that the tests of one subject run one after the other, and share what it has computed
+# so that the tests of one subject run one after the other, and share what it has computed
+@pytest.fixture(scope="module")
 def subject(request: pytest.FixtureRequest) -> Generator[Subject]:
     """One subject, whose tests run one after the other, and share what it has computed."""
     yield subject_of(*request.param)

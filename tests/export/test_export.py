@@ -614,9 +614,8 @@ def test_what_does_not_compute_the_same_is_an_error_and_is_not_kept(
     if to == "merged":
         real_write = merged_model.write
         monkeypatch.setattr(merged_model, "write", spoil("model.safetensors", "query.weight"))
-        monkeypatch.setattr(
-            merge_record, "require_undamaged", lambda folder: None
-        )  # which would tell it before
+        # which would tell it before
+        monkeypatch.setattr(merge_record, "require_undamaged", lambda folder: None)
     else:
         real_write = jaxpeft.save_adapter
         monkeypatch.setattr(

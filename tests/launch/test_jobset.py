@@ -381,8 +381,7 @@ def test_pods_find_their_place_from_what_gke_sets(stubs: Stubs) -> None:
 
 
 def test_pods_with_gpus_ask_kubernetes(stubs: Stubs) -> None:
-    assert (
-        job(jobset(parse(rendered("gpu", stubs))))["completionMode"] == "Indexed"
-    )  # which sets JOB_COMPLETION_INDEX
+    # which sets JOB_COMPLETION_INDEX
+    assert job(jobset(parse(rendered("gpu", stubs))))["completionMode"] == "Indexed"
     place = clusters.find({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"})
     assert (place.by, place.process, place.found_by_jax) == ("Kubernetes", 1, True)

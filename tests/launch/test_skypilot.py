@@ -172,9 +172,8 @@ def test_run_starts_the_trainer_with_all_arguments(stubs: Stubs, tmp_path: Path)
 def test_what_run_says_of_an_exit_code(code: int, said: int, stubs: Stubs, tmp_path: Path) -> None:
     trainer(stubs, tmp_path, f"exit {code}")
     assert run_part("run", stubs, tmp_path).returncode == said
-    assert (tmp_path / "runs" / ".failures").exists() == (
-        said == AGAIN
-    )  # what is no failure is not noted as one
+    # what is no failure is not noted as one
+    assert (tmp_path / "runs" / ".failures").exists() == (said == AGAIN)
 
 
 def test_failures_are_tried_again_so_many_times(stubs: Stubs, tmp_path: Path) -> None:

@@ -258,9 +258,8 @@ def test_hosts_are_asked_about_the_command_that_is_wanted(stubs: Stubs, tmp_path
 def test_a_start_that_did_not_reach_every_host_is_tried_again(
     word: str, code: int, tries: int, stubs: Stubs, tmp_path: Path
 ) -> None:
-    script = mutated(
-        TPU_VM, "started=half", f"started={word}", tmp_path
-    )  # with `yes` it believes what an earlier one left
+    # with `yes` it believes what an earlier one left
+    script = mutated(TPU_VM, "started=half", f"started={word}", tmp_path)
     (tmp_path / "requests").write_text("ACTIVE\n")
     (tmp_path / "hosts").write_text(f"jaxpeft: failed 2\n{R}; jaxpeft: failed 2\n{R}\n{D}\n")
     lost = (
@@ -405,9 +404,8 @@ def require_contract(unit: dict[str, str]) -> None:
     """
     assert unit["Restart"] == "on-failure"
     assert unit["RestartPreventExitStatus"].split() == ["2"]
-    assert "143" not in unit.get(
-        "SuccessExitStatus", ""
-    )  # a run that was stopped on one host goes on
+    # a run that was stopped on one host goes on
+    assert "143" not in unit.get("SuccessExitStatus", "")
     assert int(unit["TimeoutStopSec"]) >= 120
     assert "docker.service" in unit["After"] and unit["RequiresMountsFor"] == "/runs"
     assert unit["WantedBy"] == "multi-user.target"

@@ -120,9 +120,8 @@ def test_documents_in_one_row_do_not_see_each_other(load, padded, kind, scan_lay
     before, changed = run(ids), ids.copy()
     changed[:, 6:13] = changed[:, 6:13][:, ::-1]
     after = run(changed)
-    others = (segments[0] != 2) & (
-        True if mask is None else mask[0] != 0
-    )  # a place of padding may see nothing
+    # a place of padding may see nothing
+    others = (segments[0] != 2) & (True if mask is None else mask[0] != 0)
     np.testing.assert_array_equal(before[:, others], after[:, others])
     assert not np.array_equal(before[:, 6:13], after[:, 6:13])
     alone = jaxpeft.apply(model, params, ids[:, 6:13])

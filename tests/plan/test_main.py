@@ -280,9 +280,8 @@ def test_nothing_fits(tmp_path):
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
-@pytest.mark.parametrize(
-    "strategies", [tuple(STRATEGIES)[:3], tuple(STRATEGIES)[3:]]
-)  # as even parts for two processes
+# as even parts for two processes
+@pytest.mark.parametrize("strategies", [tuple(STRATEGIES)[:3], tuple(STRATEGIES)[3:]])
 def test_the_grid_compiles_for_tpus(where, strategies, tmp_path):
     words = (
         "--topology",

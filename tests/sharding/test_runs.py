@@ -87,9 +87,8 @@ def test_a_run_learns_as_on_one_device_under_every_strategy(
 def test_rows_of_several_lengths_make_the_same_batches_where_positions_are_spread(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "jaxpeft.data.tokens.row_encoder._PROGRAM", 0
-    )  # a length more is worth its program, however short the run
+    # a length more is worth its program, however short the run
+    monkeypatch.setattr("jaxpeft.data.tokens.row_encoder._PROGRAM", 0)
     rows = tmp_path / "rows.jsonl"
     texts = (" ".join(f"word{(i * 7 + j) % 50}" for j in range(2 + 9 * i % 29)) for i in range(80))
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))

@@ -102,9 +102,8 @@ def write_config(path: Path, model: Path, rows: Path, **options: Any) -> Path:
         **options,
     }
     if not given.get("data__packing"):
-        given.setdefault(
-            "data__lengths", (given["data__max_length"],)
-        )  # one program to compile, not two
+        # one program to compile, not two
+        given.setdefault("data__lengths", (given["data__max_length"],))
     lines = "".join(
         f"    config.{name.replace('__', '.')} = {value!r}\n" for name, value in given.items()
     )

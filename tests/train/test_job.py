@@ -95,9 +95,8 @@ def test_a_start_from_the_kernels_decomposes_each_of_them_once(
 
     def counted(matrix: Any, *rest: Any) -> Any:
         like = jax.ShapeDtypeStruct(matrix.shape, matrix.dtype)
-        looked = jax.pure_callback(
-            lambda value: seen.append(1) or value, like, matrix
-        )  # if anything needs it
+        # if anything needs it
+        looked = jax.pure_callback(lambda value: seen.append(1) or value, like, matrix)
         return largest(looked, *rest)
 
     monkeypatch.setattr(starts, "largest_triples", counted)
@@ -206,9 +205,8 @@ def test_a_run_saves_and_evaluates_at_the_end_of_each_epoch(
     monkeypatch.setattr(
         Checkpoints, "save", lambda self, step, *rest: saved.append(step) or real(self, step, *rest)
     )
-    config = make_config(
-        train__steps=14, checkpoint__every_steps=None
-    )  # of 48 rows, 6 steps an epoch
+    # of 48 rows, 6 steps an epoch
+    config = make_config(train__steps=14, checkpoint__every_steps=None)
     job.run(config, tmp_path / "run")
     lines = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert saved == [line["step"] for line in lines if "validation/loss" in line] == [6, 12, 14]

@@ -119,9 +119,8 @@ def test_every_optimizer_goes_down_a_slope(name: str) -> None:
 
 def test_clipping_is_by_the_norm_of_everything_trained() -> None:
     tree = {"a": {"kernel": jnp.zeros((2, 2))}, "b": {"bias": jnp.zeros(12)}}
-    after = updated(
-        {"name": "sgd", "learning_rate": 1.0, "clip_norm": 1.0}, tree
-    )  # sixteen ones: norm 4
+    # sixteen ones: norm 4
+    after = updated({"name": "sgd", "learning_rate": 1.0, "clip_norm": 1.0}, tree)
     np.testing.assert_allclose(after["a"]["kernel"], -0.25, rtol=1e-6)
     np.testing.assert_allclose(after["b"]["bias"], -0.25, rtol=1e-6)
 

@@ -107,9 +107,8 @@ def test_the_compiled_program_computes_no_gradient_of_a_base_weight() -> None:
     assert not dots.search(lora.as_text())
 
     tokens = ROWS * LENGTH
-    matrices = (
-        sum(x.size for x in jax.tree.leaves(frozen) if x.ndim == 2) - 99 * 64
-    )  # less the embedding, a look-up
+    # less the embedding, a look-up
+    matrices = sum(x.size for x in jax.tree.leaves(frozen) if x.ndim == 2) - 99 * 64
     adapters = sum(x.size for x in jax.tree.leaves(trainable))
     work = matmul_flops(lora) / tokens
     assert (

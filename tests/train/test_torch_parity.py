@@ -111,6 +111,5 @@ def test_losses_of_50_steps_are_those_of_torch_peft(task: str, scan: bool, tmp_p
 
     theirs = torch_losses(task, tmp_path / "base", tmp_path / "adapter", 4e-3, 1.0)
     np.testing.assert_allclose(ours, theirs, rtol=1e-3)
-    assert (
-        np.mean(ours[-10:]) < np.mean(ours[:10]) - 0.01
-    )  # it learned, so that equal losses say something
+    # it learned, so that equal losses say something
+    assert np.mean(ours[-10:]) < np.mean(ours[:10]) - 0.01

@@ -17,9 +17,8 @@ NO_LABEL = "-100"
 
 _LARGEST = float(np.finfo(np.float32).max)
 _INTEGER = re.compile(r"-?[0-9]+")
-_WRITTEN = re.compile(
-    r"-?[0-9]+(\.[0-9]+)?(e[+-][0-9]+)?"
-)  # as programs write numbers: 4.5, 1e-05; not 1_0 or 1e3
+# as programs write numbers: 4.5, 1e-05; not 1_0 or 1e3
+_WRITTEN = re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-][0-9]+)?")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
 
 

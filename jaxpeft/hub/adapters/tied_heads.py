@@ -61,9 +61,8 @@ class Tie:
             )
             if expected is not None and np.array_equal(own, expected):
                 continue
-            if (
-                twin is None and suffix == "weight" and not saved
-            ):  # PEFT loads the tied module from either name
+            # PEFT loads the tied module from either name
+            if twin is None and suffix == "weight" and not saved:
                 kept[self.embedding + suffix] = header[name]
                 continue
             raise AdapterError(

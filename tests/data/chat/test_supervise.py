@@ -102,9 +102,8 @@ def test_just_the_answers_are_learned_and_each_with_its_end(
     for text in decoded if family in ends else []:
         assert ends[family] in text
     if family == "plain":
-        assert decoded[-1].endswith(
-            "</s>"
-        )  # the template marks no end: the tokenizer's own is added
+        # the template marks no end: the tokenizer's own is added
+        assert decoded[-1].endswith("</s>")
 
 
 @every_chat
@@ -197,9 +196,8 @@ def test_eos_is_learned_where_it_is_the_pad_token_too() -> None:
 def test_answers_share_a_row_as_long_as_no_token_before_them_changes() -> None:
     tokenizer = tokenizer_of("bytes")
     assert len(rows_of("marks", CHATS["three turns"], tokenizer)) == 1
-    assert (
-        len(rows_of("thoughts", CHATS["three turns"], tokenizer)) == 3
-    )  # each answer's thought is dropped later on
+    # each answer's thought is dropped later on
+    assert len(rows_of("thoughts", CHATS["three turns"], tokenizer)) == 3
     # the text is the same, but "\n\n" and "Paris" are one piece where both are there
     assert len(rows_of("headers", CHATS["two turns"], tokenizer)) == 2
     assert len(write(Dialog(CHATS["two turns"]), template_of("headers", tokenizer)).loss_spans) == 2

@@ -147,9 +147,8 @@ def test_a_hostile_or_broken_template_is_stopped(source: str, text: str, fatal: 
     with pytest.raises(RenderError, match=text) as caught:
         template.render([USER], generate=False)
     assert caught.value.fatal == fatal
-    assert (
-        time.perf_counter() - started < 60
-    )  # of the processor's time it may take 4 s; the machine may be busy
+    # of the processor's time it may take 4 s; the machine may be busy
+    assert time.perf_counter() - started < 60
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
     if template._process.poll() is None:
         status = Path(f"/proc/{template._process.pid}/status").read_text()

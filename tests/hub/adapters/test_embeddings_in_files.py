@@ -156,9 +156,8 @@ def test_it_computes_what_peft_does(reference, tmp_path, tied, options, scan):
     model, base = jaxpeft.load(folder, task=CAUSAL, vocab_size=tokens, scan_layers=scan)
     method, params = jaxpeft.load_adapter(tmp_path / "a", model, base)
     assert difference(theirs, model, params, model.config.vocab_size) < 1e-5
-    jaxpeft.save_adapter(
-        tmp_path / "b", method, params, model
-    )  # what was read whole is written again
+    # what was read whole is written again
+    jaxpeft.save_adapter(tmp_path / "b", method, params, model)
     _, again = jaxpeft.load_adapter(tmp_path / "b", model, base)
     assert difference(theirs, model, again, model.config.vocab_size) < 1e-5
     if tokens and any(

@@ -84,9 +84,8 @@ def test_an_adapter_that_peft_has_saved_again_is_told_apart_from_damage(save):
     saved = save()
     theirs = peft_load(saved.model.source.folder, SEQUENCE, saved.folder)
     theirs.save_pretrained(saved.folder)
-    assert_bit_equal(
-        saved.load()[1], saved.params
-    )  # the same numbers under another library's config
+    # the same numbers under another library's config
+    assert_bit_equal(saved.load()[1], saved.params)
     with torch.no_grad():
         for name, leaf in theirs.named_parameters():
             if "lora_" in name:

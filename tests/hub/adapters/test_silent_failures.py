@@ -46,9 +46,8 @@ def test_row_1_one_target_of_several_that_matches_nothing_is_an_error(
         TargetError, match=r"targets: 'v_porj' matches no site; did you mean 'v_proj'"
     ):
         jaxpeft.rewrite(method, base, jax.random.key(0))
-    peft_save(
-        torch_model.folder, CAUSAL, tmp_path, target_modules=["q_proj", "v_porj"]
-    )  # peft says nothing
+    # peft says nothing
+    peft_save(torch_model.folder, CAUSAL, tmp_path, target_modules=["q_proj", "v_porj"])
     with pytest.raises(AdapterError, match=r"targets: 'v_porj' matches no site"):
         jaxpeft.load_adapter(tmp_path, model, base)
 

@@ -108,9 +108,8 @@ def test_what_the_kernels_depend_on_is_told_apart(root: Path, base: Path, tmp_pa
         jaxpeft.load(base, task=TASK, quant=how)
         assert len(entries(root)) == n
     jaxpeft.load(base, task=TASK, quant="nf4", dtype=jnp.bfloat16)
-    jaxpeft.load(
-        base, task=TASK, quant="nf4", vocab_size=120
-    )  # changes no kernel that is quantized
+    # changes no kernel that is quantized
+    jaxpeft.load(base, task=TASK, quant="nf4", vocab_size=120)
     assert len(entries(root)) == 5
 
     def change(tensors: Any) -> None:
