@@ -1,5 +1,5 @@
-"""Memory of a step, predicted and measured, on one GPU: `python -m benchmarks.memory [--only NAME
-...] [--beside FILE]`.
+"""Memory of a step, predicted and measured, on one GPU:
+`python -m benchmarks.memory [--only NAME ...] [--beside FILE]`.
 
 Three figures for each configuration: `predicted`, as `python -m jaxpeft.plan --topology h100:1`
 computes it, without a GPU; `compiled`, the memory of the step compiled for this GPU, according to

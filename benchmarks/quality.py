@@ -242,8 +242,8 @@ def expected(
     magnitude.
 
     Given that the largest is `m`, the other numbers are normal numbers truncated at `m`, and it has
-    no error itself; the mean is taken over the quantiles of `m`, whose distribution is `(2 Phi(m) -
-    1)^block`.
+    no error itself; the mean is taken over the quantiles of `m`, whose distribution is
+    `(2 Phi(m) - 1)^block`.
 
     Args:
         form: a key of `QUANTIZED`.

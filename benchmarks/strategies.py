@@ -1,5 +1,5 @@
-"""The same loss and gradients under every sharding: `python -m benchmarks.strategies [--devices
-1,2,4,8]`, on simulated CPU devices.
+"""The same loss and gradients under every sharding:
+`python -m benchmarks.strategies [--devices 1,2,4,8]`, on simulated CPU devices.
 
 For a tiny model in float32, computes the loss and the gradients of one batch under every strategy
 and on every number of devices, and compares them with those of one device. The table has the
@@ -152,8 +152,8 @@ def _batch(
 
 
 def computed(case: Case, options: MeshConfig, devices: int) -> tuple[float, float, Tree]:
-    """Compute loss, weight and gradients of a case on a mesh: `(sum of the loss, weight,
-    gradients)`, on the host.
+    """Compute loss, weight and gradients of a case on a mesh:
+    `(sum of the loss, weight, gradients)`, on the host.
     """
     model, params, batch = prepared(case)
     mesh = mesh_of(options, devices)

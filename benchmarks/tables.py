@@ -1,5 +1,5 @@
-"""Generate benchmarks/README.md from the JSON lines of benchmarks/results/: `python -m
-benchmarks.tables`.
+"""Generate benchmarks/README.md from the JSON lines of benchmarks/results/:
+`python -m benchmarks.tables`.
 """
 
 from __future__ import annotations

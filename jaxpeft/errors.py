@@ -60,7 +60,7 @@ class PeersError(JaxpeftError, RuntimeError):
 
 
 class ExportError(JaxpeftError, RuntimeError):
-    """An exported program does not reproduce the model's outputs."""
+    """An exported adapter or model does not reproduce the outputs of what it was made from."""
 
 
 class TrainingError(JaxpeftError, RuntimeError):

@@ -144,8 +144,8 @@ def _unknown(words: Sequence[str], cls: type[Any]) -> list[str]:
 
 
 def _in_flags(problem: str) -> str:
-    """Convert a problem of a field to one of its flag: `.slices: must be ...` becomes `--slices:
-    must be ...`.
+    """Convert a problem of a field to one of its flag: `.slices: must be ...` becomes
+    `--slices: must be ...`.
     """
     name, colon, why = problem.removeprefix(".").partition(":")
     return f"{flag(name)}{colon}{why}"

@@ -25,7 +25,7 @@ from jaxpeft.checkpoint.identity import differences
 from jaxpeft.compare import table
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.data.examples.make import Examples, make_examples
-from jaxpeft.data.examples.reading import layout_of, read_examples
+from jaxpeft.data.examples.reading import file_options_of, read_examples
 from jaxpeft.data.rows.columns import Columns, find_format
 from jaxpeft.data.rows.read import is_hub_id, read_rows
 from jaxpeft.errors import ConfigError
@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Planned:
+class PlannedRun:
     """One run of a comparison, compared by identity.
 
     Attributes:
@@ -70,7 +70,7 @@ def run(
     allowed: Sequence[str] = (),
     *,
     traceback: bool = False,
-) -> dict[Planned, str]:
+) -> dict[PlannedRun, str]:
     """Run the remaining runs of a comparison, and write its table and plot.
 
     Writes to `workdir`: `comparison.md`, `comparison.json`, `comparison.png` and a folder
@@ -98,7 +98,7 @@ def run(
         results = read_finished(runs, allowed)
         if len(results) < len(runs):
             check_inputs(config)
-        failed: dict[Planned, str] = {}
+        failed: dict[PlannedRun, str] = {}
         began = time.perf_counter()
         remaining = [one for one in runs if one not in results]
         _log.info(
@@ -108,7 +108,7 @@ def run(
             len(config.compare.seeds),
             len(results),
         )
-        first = _measured_before(config)
+        first = _reference_candidate(config)
         options = {"allowed": list(allowed), "traceback": traceback}
         processes = _start_ahead(remaining)
         try:
@@ -151,7 +151,7 @@ def run(
     return failed
 
 
-def _measured_before(config: Config) -> str:
+def _reference_candidate(config: Config) -> str:
     """Return the candidate whose runs also evaluate before training: the first whose new adapter
     leaves the base's outputs unchanged, else the first.
     """
@@ -161,14 +161,14 @@ def _measured_before(config: Config) -> str:
     return next(plain, config.compare.titles[0])
 
 
-def plan_runs(config: Config, workdir: Path) -> list[Planned]:
+def plan_runs(config: Config, workdir: Path) -> list[PlannedRun]:
     """List the runs of a comparison: all candidates with the first seed, then with the next.
 
     Raises:
         ConfigError: a folder is a link to another place.
     """
     return [
-        Planned(
+        PlannedRun(
             candidate.title,
             seed,
             config.run_of(candidate, seed),
@@ -180,8 +180,8 @@ def plan_runs(config: Config, workdir: Path) -> list[Planned]:
 
 
 def read_finished(
-    runs: Sequence[Planned], allowed: Sequence[str] = ()
-) -> dict[Planned, dict[str, Any]]:
+    runs: Sequence[PlannedRun], allowed: Sequence[str] = ()
+) -> dict[PlannedRun, dict[str, Any]]:
     """Return the results of finished runs.
 
     Args:
@@ -207,7 +207,7 @@ def read_finished(
     return found
 
 
-def read_result(one: Planned) -> dict[str, Any] | None:
+def read_result(one: PlannedRun) -> dict[str, Any] | None:
     """Read the result of a run, or None if it has not finished."""
     with suppress(FileNotFoundError, ValueError):
         return json.loads((one.folder / RESULT).read_text())
@@ -235,7 +235,9 @@ def other_rows(config: Config) -> Examples | None:
     path = config.compare.forgetting
     if not path:
         return None
-    rows = read_rows(path, split="test" if is_hub_id(path) else None, layout=layout_of(config))
+    rows = read_rows(
+        path, split="test" if is_hub_id(path) else None, file_options=file_options_of(config)
+    )
     if config.model.task == "causal_lm":
         return make_examples(rows, kind=find_format(rows.columns(), Columns(), rows.name))
     return make_examples(rows, kind="classification", problem="single_label")
@@ -268,7 +270,7 @@ class _Process:
         self.log.close()
 
 
-def _start_ahead(runs: Sequence[Planned]) -> Generator[tuple[Planned, _Process]]:
+def _start_ahead(runs: Sequence[PlannedRun]) -> Generator[tuple[PlannedRun, _Process]]:
     """Yield each run with its process; the next process is started early, so that it imports while
     this run computes.
     """
@@ -283,7 +285,7 @@ def _start_ahead(runs: Sequence[Planned]) -> Generator[tuple[Planned, _Process]]
             process.end()
 
 
-def _start(one: Planned) -> _Process:
+def _start(one: PlannedRun) -> _Process:
     one.folder.mkdir(parents=True, exist_ok=True)
     with (one.folder / LOG).open("a") as stderr:
         log = (one.folder / LOG).open(errors="replace")
@@ -300,7 +302,7 @@ def _start(one: Planned) -> _Process:
     return _Process(process, log)
 
 
-def _complete(run: _Process, one: Planned, stop: StopRequest, options: Mapping[str, Any]) -> str:
+def _complete(run: _Process, one: PlannedRun, stop: StopRequest, options: Mapping[str, Any]) -> str:
     """Send a run to its worker process and wait for its exit; return the reason if it failed.
 
     Args:
@@ -338,7 +340,7 @@ def _follow(process: subprocess.Popen[str], log: IO[str], stop: StopRequest) -> 
     return tail
 
 
-def describe_failures(failed: Mapping[Planned, str], workdir: Path) -> str:
+def describe_failures(failed: Mapping[PlannedRun, str], workdir: Path) -> str:
     """Return a message that lists the failed runs and the fix."""
     rows = [f"  {one}: {why}" for one, why in failed.items()]
     fix = f"the same command tries them again; their logs are {workdir}/NAME/seed-N/{LOG}"

@@ -20,7 +20,7 @@ from jaxpeft.config.data_config import ESCAPED
 from jaxpeft.config.literals import read_value
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.core.method import Method
-from jaxpeft.core.options import ALIASES, Reader, by_own_names, hints_of, no_option, parse
+from jaxpeft.core.options import ALIASES, Reader, hints_of, parse, resolve_aliases, unknown_option
 from jaxpeft.errors import ConfigError, nearest, shorten, show
 from jaxpeft.methods import METHODS
 
@@ -62,7 +62,7 @@ def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
             pair.
     """
     values = read_file(Path(path))
-    problems = _name_as_ours(values)
+    problems = _resolve_aliases(values)
     for option, text in _methods_first(overrides):
         problems += _override(values, option, text)
     config, found = parse_config(values)
@@ -71,7 +71,7 @@ def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
     return config
 
 
-def _name_as_ours(values: dict[str, Any]) -> list[str]:
+def _resolve_aliases(values: dict[str, Any]) -> list[str]:
     """Replace aliases of the method's options by their names, so that the command line can override
     them; return the problems.
     """
@@ -79,7 +79,7 @@ def _name_as_ours(values: dict[str, Any]) -> list[str]:
     if not isinstance(method, Mapping):
         return []  # reported with the file's other problems
     cls = METHODS.get(str(method.get("name", "lora")), Method)
-    values["method"], problems = by_own_names(cls, method, "config.method")
+    values["method"], problems = resolve_aliases(cls, method, "config.method")
     return problems
 
 
@@ -115,7 +115,7 @@ def read_file(path: Path) -> dict[str, Any]:
             `get_config()` that returns a ConfigDict; a YAML or JSON file cannot be read, sets an
             option twice, or has no sections.
     """
-    if why := _no_file(path):
+    if why := _missing_reason(path):
         raise ConfigError(f"--config {shorten(str(path), 200)}: {why}")
     if path.suffix in plain_files.READERS:
         return _with_defaults(plain_files.read(path))
@@ -158,7 +158,7 @@ def _execute(path: Path) -> dict[str, Any]:
     return typing.cast(dict[str, Any], config)
 
 
-def _no_file(path: Path) -> str | None:
+def _missing_reason(path: Path) -> str | None:
     """Return why a path is not a file, with similar files; None if it is one."""
     try:
         if path.is_file():
@@ -223,7 +223,7 @@ def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
         node[last] = {**mapping, key: read_value(text, typing.get_args(hint)[1])}
         return []
     if not isinstance(node, dict) or hint is None:
-        return [f"--config.{shorten(option)}: {no_option(option, _all_options(values))}"]
+        return [f"--config.{shorten(option)}: {unknown_option(option, _all_options(values))}"]
     if not isinstance(node.get(last), dict) or typing.get_origin(hint) is dict:
         node[last] = read_value(text, hint, _reader(option, values))
         if option in ESCAPED and node[last] == text:

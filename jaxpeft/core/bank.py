@@ -46,8 +46,8 @@ def bank(
     kinds = {method.name for method, _ in adapters}
     if len({_kinds(method) for method, _ in adapters}) > 1:
         raise ConfigError(
-            f"bank: the adapters are of different methods ({', '.join(sorted(kinds))}); make a bank"
-            " of each"
+            f"bank: the adapters are of different methods ({', '.join(sorted(kinds))}); make an"
+            " adapter stack of each"
         )
     leaves = [dict(paths.walk(tree)) for _, tree in adapters]
     for i, other in enumerate(leaves):

@@ -77,7 +77,8 @@ class Hooks:
     ) -> Callable[..., Any]:
         """Return a function that computes sites with the same input jointly.
 
-        It calls the original method if one of them cannot be computed so, or none has an adapter.
+        It calls the original method if one of them cannot be computed jointly, or if none has an
+        adapter.
         """
 
         def call(x: Any, *others: Any) -> Any:

@@ -1,4 +1,4 @@
-"""NNX modules: their parameters as a plain tree, their sites, and computing with adapter leaves.
+"""NNX modules: their parameters as a plain tree, and computing with adapter leaves.
 
 An NNX module owns its arrays. `params_of` returns them as the nested dict that every function here
 uses; `run` puts a tree into a temporary copy of the module, whose sites have a subclass that

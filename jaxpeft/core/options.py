@@ -116,7 +116,7 @@ def option(default: Any, doc: str, *, read: Reader | None = None, **bounds: floa
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def no_option(key: str, known: Iterable[str]) -> str:
+def unknown_option(key: str, known: Iterable[str]) -> str:
     """Return the error message for an unknown option, with suggestions or the reason.
 
     Args:
@@ -142,7 +142,7 @@ def hints_of(cls: type[Any]) -> Mapping[str, Any]:
     return {name: hint for name, hint in hints.items() if not isinstance(hint, dataclasses.InitVar)}
 
 
-def by_own_names(
+def resolve_aliases(
     cls: type[Any], values: Mapping[str, Any], where: str
 ) -> tuple[dict[str, Any], list[str]]:
     """Replace aliases in a mapping of options by the options' own names.
@@ -180,7 +180,7 @@ def take_aliases(instance: Any, **aliases: Any) -> None:
     """
     values = {alias: value for alias, value in aliases.items() if value is not None}
     own = {name: getattr(instance, name) for name in map(ALIASES.__getitem__, values)}
-    found, problems = by_own_names(type(instance), own | values, type(instance).__name__)
+    found, problems = resolve_aliases(type(instance), own | values, type(instance).__name__)
     if problems:
         raise ConfigError(problems)
     for name, value in found.items():
@@ -207,13 +207,13 @@ def parse(cls: type[T], values: Mapping[str, Any], where: str) -> tuple[T | None
         hints_of(cls),
         {f.name: f for f in dataclasses.fields(typing.cast(Any, cls)) if f.init},
     )
-    values, found = by_own_names(cls, values, where)
+    values, found = resolve_aliases(cls, values, where)
     taken: dict[str, Any] = {}
     for name, value in values.items():
         key = str(name)
         if key not in fields:
             known = ", ".join(sorted(fields))
-            found.append(f"{where}.{shorten(key)}: {no_option(key, fields)} (known: {known})")
+            found.append(f"{where}.{shorten(key)}: {unknown_option(key, fields)} (known: {known})")
             continue
         taken[key], problems = convert(
             value, hints[key], f"{where}.{key}", fields[key].metadata.get("read")
@@ -361,7 +361,7 @@ def _convert_dict(value: Any, item_hint: Any, where: str) -> tuple[Any, list[str
     pairs = {
         str(key): convert(item, item_hint, f"{where}[{show(key)}]") for key, item in items.items()
     }
-    wrong = [problem for key in pairs for problem in _no_text(key, f"{where}[{show(key)}]")]
+    wrong = [problem for key in pairs for problem in _text_fault(key, f"{where}[{show(key)}]")]
     wrong += [problem for _, problems in pairs.values() for problem in problems]
     return {key: item for key, (item, _) in pairs.items()}, _first(wrong, where)
 
@@ -387,7 +387,7 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
         except OverflowError:
             return value, [f"{where}: must fit into a 64-bit float, is {show(value)}"]
     if hint is str and isinstance(value, str):
-        return value, _no_text(value, where)
+        return value, _text_fault(value, where)
     if hint is type(None) and value is None:
         return None, []
     if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
@@ -411,7 +411,7 @@ def _convert_scalar(value: Any, hint: Any, where: str) -> tuple[Any, list[str]]:
     ]
 
 
-def _no_text(value: str, where: str) -> list[str]:
+def _text_fault(value: str, where: str) -> list[str]:
     """List why a string is not valid text: surrogates, from invalid UTF-8, or NUL characters."""
     try:
         value.encode()

@@ -155,7 +155,9 @@ def _einsum_axes(module: Any) -> int:
 def _make_site(
     path: Path, module: Any, shapes: Shapes, layers: tuple[int, ...], einsum: str | None
 ) -> Site:
-    plan = views.plan(module, shapes, einsum) or views.KernelView(type(module).__name__, (0, 0))
+    plan = views.kernel_view(module, shapes, einsum) or views.KernelView(
+        type(module).__name__, (0, 0)
+    )
     return Site(path, _names(path, layers), plan.shape, layers, plan.kind, plan.order)
 
 

@@ -257,7 +257,7 @@ def matches(name: str, wanted: Targets, kind: str = "linear") -> bool:
     )
 
 
-def whole_leaf(method: str, path: Path, leaf: Any, wanted: Callable[[str], bool]) -> bool:
+def selects_leaf(method: str, path: Path, leaf: Any, wanted: Callable[[str], bool]) -> bool:
     """Return whether a leaf of the base is trained; a stacked one only in all of its layers.
 
     Args:
@@ -311,7 +311,7 @@ def require_ends(field: str, patterns: Mapping[str, Any], names: Sequence[str]) 
     end of the name, without grouping alternatives.
 
     Raises:
-        TargetError: There is such a pattern; it names it.
+        TargetError: A pattern is not such a suffix; the message names it.
     """
     odd = [p for p in patterns if re.fullmatch(r"[\w.]+", p) is None or p in names]
     if odd:

@@ -15,7 +15,7 @@ Leaves = Mapping[str, Any]
 
 
 @runtime_checkable
-class Starting(Protocol):
+class StartHook(Protocol):
     """A method whose adapter may be initialized from data or from the model's files."""
 
     def start(self, params: Leaves, run: Any) -> tuple[Method, Leaves]:
@@ -24,7 +24,7 @@ class Starting(Protocol):
 
 
 @runtime_checkable
-class Penalized(Protocol):
+class PenaltyHook(Protocol):
     """A method that adds a penalty to the loss."""
 
     def penalty(self, trainable: Leaves) -> Any:
@@ -33,7 +33,7 @@ class Penalized(Protocol):
 
 
 @runtime_checkable
-class Rated(Protocol):
+class RateHook(Protocol):
     """A method whose leaves are trained at different learning rates."""
 
     def rate(self, path: Path) -> float:
@@ -42,7 +42,7 @@ class Rated(Protocol):
 
 
 @runtime_checkable
-class Optimizing(Protocol):
+class OptimizerHook(Protocol):
     """A method that modifies the optimizer."""
 
     def optimizer(
@@ -53,7 +53,7 @@ class Optimizing(Protocol):
 
 
 @runtime_checkable
-class Positioned(Protocol):
+class PositionsHook(Protocol):
     """A method that adds virtual tokens before a row's tokens."""
 
     @property
@@ -73,7 +73,7 @@ def start(method: Method, params: Leaves, run: Any) -> tuple[Method, Leaves]:
     Returns:
         `(method, params)`: the method, whose options may depend on the data, and the tree.
     """
-    return method.start(params, run) if isinstance(method, Starting) else (method, params)
+    return method.start(params, run) if isinstance(method, StartHook) else (method, params)
 
 
 def penalty(method: Method, trainable: Leaves) -> Any:
@@ -83,7 +83,7 @@ def penalty(method: Method, trainable: Leaves) -> Any:
         method: the method that is trained.
         trainable: the trained part of the tree.
     """
-    values = [part.penalty(trainable) for part in method.parts() if isinstance(part, Penalized)]
+    values = [part.penalty(trainable) for part in method.parts() if isinstance(part, PenaltyHook)]
     found = [value for value in values if value is not None]
     return sum(found[1:], found[0]) if found else None
 
@@ -92,7 +92,7 @@ def rate(method: Method, path: Path) -> float:
     """Return the multiplier of a trained leaf's learning rate."""
     own = (part for part in method.parts() if path[-1] in (*part.leaves.names, *part.leaves.root))
     part = next(own, None)
-    return part.rate(path) if isinstance(part, Rated) else 1.0
+    return part.rate(path) if isinstance(part, RateHook) else 1.0
 
 
 def wrap_optimizer(
@@ -106,13 +106,13 @@ def wrap_optimizer(
         steps: number of steps of the run.
     """
     for part in method.parts():
-        inner = part.optimizer(inner, steps) if isinstance(part, Optimizing) else inner
+        inner = part.optimizer(inner, steps) if isinstance(part, OptimizerHook) else inner
     return inner
 
 
 def virtual_positions(method: Method) -> int:
     """Return the number of positions that a method adds before a row's tokens."""
-    return sum(part.virtual_positions for part in method.parts() if isinstance(part, Positioned))
+    return sum(part.virtual_positions for part in method.parts() if isinstance(part, PositionsHook))
 
 
 def trains_head_alone(method: Method) -> bool:

@@ -67,7 +67,9 @@ _EMBED = (nn.Embed, nnx.Embed)
 _NORM = (nn.LayerNorm, nn.RMSNorm, nnx.LayerNorm, nnx.RMSNorm)
 
 
-def plan(module: Any, leaves: Mapping[str, Shape], einsum: str | None = None) -> KernelView | None:
+def kernel_view(
+    module: Any, leaves: Mapping[str, Shape], einsum: str | None = None
+) -> KernelView | None:
     """Return the kind of site of a module and the view of its kernel.
 
     Args:
@@ -150,7 +152,7 @@ def _equation(module: Any, einsum: str | None) -> tuple[str, str, str, str, str]
 
 
 def operands(module: Any) -> int:
-    """Return the number of positional inputs for `view`, which for `Einsum` may be an equation."""
+    """Return how many positional inputs `view` needs: an `Einsum` may take its equation first."""
     return 2 if isinstance(module, _EINSUM) else 1
 
 
@@ -182,7 +184,7 @@ def view(
         if isinstance(module, _EINSUM) and len(args) > 1 and isinstance(args[1], str)
         else None
     )
-    found = plan(
+    found = kernel_view(
         module,
         {key: leaf.shape for key, leaf in leaves.items() if not isinstance(leaf, Mapping)},
         einsum,

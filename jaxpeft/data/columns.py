@@ -1,4 +1,4 @@
-"""The old name of `jaxpeft.data.rows.columns`, which versions before 0.3 accept."""
+"""The old name of `jaxpeft.data.rows.columns`, accepted until 0.3."""
 
 import warnings
 

@@ -14,7 +14,7 @@ from jaxpeft.config.schema import Config
 from jaxpeft.data.batches.stream import Stream
 from jaxpeft.data.batches.training import Batches
 from jaxpeft.data.examples.make import Examples
-from jaxpeft.data.examples.reading import read_examples, read_held
+from jaxpeft.data.examples.reading import read_examples, read_holdout
 from jaxpeft.data.tokens.row_encoder import RowEncoder, describe, one_length, padded_lengths
 from jaxpeft.data.tokens.token_arrays import Encoded
 from jaxpeft.errors import ConfigError, DataError, shorten
@@ -147,8 +147,8 @@ def _open_stream(
     """
     if config.model.task == "causal_lm":
         stream = Stream(config, encoding)
-        return stream, read_held(config, stream.first[0])
-    held_out = read_held(config, None, source)
+        return stream, read_holdout(config, stream.first[0])
+    held_out = read_holdout(config, None, source)
     # the labels without the rows, since this is sent to worker processes
     like = dataclasses.replace(
         held_out[0], texts=[], pairs=None, labels=None, rows=held_out[0].rows.take([])

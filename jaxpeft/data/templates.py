@@ -1,4 +1,4 @@
-"""The old name of `jaxpeft.data.chat.templates`, which versions before 0.3 accept."""
+"""The old name of `jaxpeft.data.chat.templates`, accepted until 0.3."""
 
 import warnings
 

@@ -201,7 +201,7 @@ def _to_merged(work: _Work, folder: Path, quant: Quant | None) -> Report:
     config = merged_model.config_of(model, outline.config, adapter.settings, kept, own)
     written: dict[str, str] = {}
     tensors = {
-        name: digests.Noted(name, tensor, written)
+        name: digests.RecordedTensor(name, tensor, written)
         for name, tensor in merged_model.tensors_of(model, params, dtype).items()
     }
     files = merged_model.write(folder, tensors, config, request.shard_bytes)

@@ -70,8 +70,8 @@ def load(
             architecture's own.
         remat: what the backward pass recomputes: `none`, `products`, `attention`, `full`,
             `offload`.
-        attention: the attention kernel, used where it is applicable: `xla`, `cudnn`, `splash`;
-            `auto` selects the fastest one of the platform.
+        attention: the attention kernel, used where it is applicable: `xla`, `chunked`, `cudnn`,
+            `splash`; `auto` selects the fastest one of the platform.
         revision: branch, tag or commit of a hub id.
         vocab_size: number of tokens of the embedding and the language-model head, if tokens were
             added to the tokenizer; the new rows are initialized to the mean of the existing ones.
@@ -83,8 +83,8 @@ def load(
         seed: seed of a new head.
         sharding: a `jax.sharding.Sharding` for all leaves, or a function from the path of a stored
             leaf (a quantized kernel is stored as several) to its sharding; None for the first
-            device. Each process reads only its own devices' parts of the files, and the values do
-            not depend on the sharding.
+            device of this process. Each process reads only its own devices' parts of the files, and
+            the values do not depend on the sharding.
         mesh: device mesh to shard the parameters over (`create_device_mesh`), instead of
             `sharding`; the model then gathers what its layers need.
         rules: mesh axes that shard each leaf (`sharding_rules`); None replicates every leaf.
@@ -136,7 +136,6 @@ class Outline:
     Attributes:
         model: the Linen module.
         abstract: shape and dtype of every leaf in the module.
-        stored: shape and dtype of every leaf in the checkpoint; they differ if tokens are added.
         config: the content of `config.json`.
         plan: where each leaf is read from.
         quant: which kernels are quantized while they are read, and how; None for no quantization.
@@ -145,7 +144,6 @@ class Outline:
 
     model: Pretrained
     abstract: Tree
-    stored: Tree
     config: Mapping[str, Any]
     plan: leaf_tensors.WeightPlan
     quant: Quant | None = None
@@ -242,7 +240,7 @@ def outline_of(request: ModelRequest, checkpoint: Checkpoint) -> Outline:
     plan = checkpoint.plan(model, abstract, family, request)
     quant = checkpoint.quant(abstract, plan, request.quant)
     model = model.clone(options=dataclasses.replace(model.options, quant=quant))
-    found = Outline(model, abstract, abstract, config, plan, quant, checkpoint.meter)
+    found = Outline(model, abstract, config, plan, quant, checkpoint.meter)
     sites = quant.sites(abstract) if quant else {}  # raises before anything is read
     return found if request.vocab_size in (None, own) else _grow(found, request.vocab_size, sites)
 

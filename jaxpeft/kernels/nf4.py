@@ -2,12 +2,12 @@ r"""NF4: 4-bit quantiles of a normal distribution, with an 8-bit scale for each 
 
     W[i, o] = code[c[o, i]] * a[block],    a = dynamic[k[block]] * s[block of 256 blocks] + m
 
-`a` is the largest magnitude of a block, `m` the mean of all `a`, `s` the largest magnitude of `a -
-m` in 256 blocks, and `dynamic` an 8-bit float with a variable number of exponent bits. Blocks run
-through the transposed kernel row by row, as in `bitsandbytes`: along the inputs if 64 divides them.
-The total is 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits per weight, 0.516 bytes. The codes equal
-those of `bitsandbytes`; about 0.2% of the 8-bit scales differ from its CPU implementation, which
-chooses a neighbor of the nearest value. A block of zeros is decoded to zeros.
+`a` is the largest magnitude of a block, `m` the mean of all `a`, `s` the largest magnitude of
+`a - m` in 256 blocks, and `dynamic` an 8-bit float with a variable number of exponent bits. Blocks
+run through the transposed kernel row by row, as in `bitsandbytes`: along the inputs if 64 divides
+them. The total is 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits per weight, 0.516 bytes. The codes
+equal those of `bitsandbytes`; about 0.2% of the 8-bit scales differ from its CPU implementation,
+which chooses a neighbor of the nearest value. A block of zeros is decoded to zeros.
 
 If a checkpoint has unquantized `a` (no double quantization), `kernel_nf4_absmax` contains them in
 float32, with `s = 1` and `m = 0`.

@@ -9,7 +9,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.method import Leaves
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
-from jaxpeft.core.targets import matches, whole_leaf
+from jaxpeft.core.targets import matches, selects_leaf
 from jaxpeft.methods.targeted import Targeted
 
 
@@ -43,6 +43,6 @@ class Biased(Targeted):
         if self.bias in ("none", "all"):
             return self.bias == "all"
         adapted, wanted = self.leaves.site[0] in paths.get(params, path[:-1]), self.where(())
-        return adapted and whole_leaf(
+        return adapted and selects_leaf(
             self.name, path, paths.get(params, path), lambda name: matches(name, wanted)
         )

@@ -5,10 +5,10 @@ rescaled.
         Rij: [k, k] orthogonal,    in = d k
 
 A factor rotates blocks of `k` inputs that a permutation `Pi` brings together, in factor i out of
-`2^(i-1) k` neighbors (the butterfly): with m factors an output depends on `2^(m-1) k` inputs, at `m
-k in` numbers. One factor is OFT with scales. A block is the Cayley transform of the skew-symmetric
-part of a trained matrix. Matrices start at zero and `s` at one, so a fresh adapter does not change
-any output.
+`2^(i-1) k` neighbors (the butterfly): with m factors an output depends on `2^(m-1) k` inputs, at
+`m k in` numbers. One factor is OFT with scales. A block is the Cayley transform of the
+skew-symmetric part of a trained matrix. Matrices start at zero and `s` at one, so a fresh adapter
+does not change any output.
 
 Liu et al. 2023, "Parameter-Efficient Orthogonal Finetuning via Butterfly Factorization", section 4
 (arXiv:2311.06243). PEFT computes more than one factor with its CUDA extension only; here all are

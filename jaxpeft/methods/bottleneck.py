@@ -151,8 +151,8 @@ class BottleneckFormat(TargetedFormat[M]):
 class Bottleneck(Targeted):
     """A method that adds a small network after sub-layers, or parallel to them.
 
-    Leaves of a site in addition to the matrices: `scale []`, or a trained `gain [1 or d]`; `dropout
-    []` if the rate is not zero; and two scalars whose names say the placement and the
+    Leaves of a site in addition to the matrices: `scale []`, or a trained `gain [1 or d]`;
+    `dropout []` if the rate is not zero; and two scalars whose names say the placement and the
     non-linearity. All names begin with the method's.
 
     Class attributes:

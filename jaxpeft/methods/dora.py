@@ -2,9 +2,9 @@ r"""DoRA: the magnitude and the direction of a kernel's columns are trained sepa
 
     y = m / n (x W + s (x A) B),    n = ||W + s A B||,    A: [in, r],  B: [r, out],  m, n: [out]
 
-The norm is that of each column, and a constant to the gradient (section 4.3). `m` begins as `n0 =
-||W||` and `B` at zero, so `m / n` is one. With dropout, `D(x)` stands in place of `x` everywhere
-but in the base's own product, as in PEFT:
+The norm is that of each column, and a constant to the gradient (section 4.3). `m` begins as
+`n0 = ||W||` and `B` at zero, so `m / n` is one. With dropout, `D(x)` stands in place of `x`
+everywhere but in the base's own product, as in PEFT:
 
     y = x W + (m / n - 1) D(x) W + m / n s (D(x) A) B
 
@@ -146,8 +146,8 @@ class DoRA(LoRA):
 
 
 def _scale(kernel: Kernel, leaves: Leaves, x: Any, y: Any, plain: Any) -> Any:
-    """Return `y + f plain + (1 + f) s (x A) B`, `f = (m - n) / n`, in the dtype of `y` `[...,
-    out]`.
+    """Return `y + f plain + (1 + f) s (x A) B`, `f = (m - n) / n`, in the dtype of `y`
+    `[..., out]`.
     """
     norm = _column_norms(jax.lax.stop_gradient(dict(leaves)), kernel())
     f = ((leaves["dora_magnitude"] - norm) / norm).astype(y.dtype)

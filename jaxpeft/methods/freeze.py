@@ -14,7 +14,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
-from jaxpeft.core.targets import whole_leaf
+from jaxpeft.core.targets import selects_leaf
 from jaxpeft.errors import ConfigError
 
 
@@ -54,7 +54,7 @@ class Freeze(Method):
             number = re.search(rf"\b{path[at]}\.(\d+)\.", f"{name}.")
             return number is not None and int(number[1]) >= first
 
-        return whole_leaf(self.name, path, paths.get(params, path), last)
+        return selects_leaf(self.name, path, paths.get(params, path), last)
 
     def _is_around(self, path: Path) -> bool:
         """Return whether a leaf outside the layers is trained."""

@@ -5,9 +5,9 @@ r"""GraLoRA: the kernel is split into k times k blocks, each with its own low-ra
 
 The `r` columns of `A_i` are split into k parts, of which output block `j` uses the `j`th, and so
 are the rows of `B_j`: each block has rank `r / k`, and the full update up to `k r`, with as many
-trainable parameters as LoRA of rank `r`. With a hybrid rank `h`, `s (D(x) A') B'` with `A':
-[in, h]`, `B': [h, out]` is added. `B` and `B'` start at zero, so a fresh adapter does not change
-any output. `D` is dropout.
+trainable parameters as LoRA of rank `r`. With a hybrid rank `h`, `s (D(x) A') B'` with
+`A': [in, h]`, `B': [h, out]` is added. `B` and `B'` start at zero, so a fresh adapter does not
+change any output. `D` is dropout.
 
 Jung et al. 2025, "GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning",
 sections 3.2 and 3.4 (arXiv:2505.20355).

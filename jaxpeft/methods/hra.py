@@ -7,9 +7,9 @@ Two reflections that follow one another, at `u` and `v` of length one with `e = 
     x -> x + [x u, x e] [2 e - 2 |e|^2 v; -2 v]'
 
 so a fresh adapter, whose columns are equal in pairs (`e = 0`), does not change any output, bit
-by bit. The products of all pairs are gathered into one, `x + (x P) K` with `P: [in, r]` and `K: [r,
-in]`. With `gram_schmidt` the columns are made orthonormal first, and all are one reflection at a
-subspace, `x - 2 (x Q) Q'`; it begins anywhere, not at the base.
+by bit. The products of all pairs are gathered into one, `x + (x P) K` with `P: [in, r]` and
+`K: [r, in]`. With `gram_schmidt` the columns are made orthonormal first, and all are one reflection
+at a subspace, `x - 2 (x Q) Q'`; it begins anywhere, not at the base.
 
 Yuan et al. 2024, "Bridging The Gap between Low-rank and Orthogonal Adaptation via Householder
 Reflection Adaptation", section 3 (arXiv:2405.17484).

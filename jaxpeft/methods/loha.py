@@ -102,8 +102,8 @@ class LoHa(Ranked):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Compute `x W + s x ((B1 A1) * (B2 A2))`, `[..., in] -> [..., out]`, in the dtype of `x
-        W`.
+        """Compute `x W + s x ((B1 A1) * (B2 A2))`, `[..., in] -> [..., out]`, in the dtype of
+        `x W`.
         """
         y = call.base(call.x)
         update = call.each(_update, call.x.astype(y.dtype)).astype(y.dtype)

@@ -7,8 +7,8 @@ r"""LoRA: a low-rank update beside a frozen kernel.
 `A` and `B` are float32 whatever the base is; the products run in the model's compute dtype. On an
 embedding `x` is the one-hot row of a token.
 
-`init_weights` chooses another start. One that begins in a part of `W` takes that part off again, `-
-s (D(x) A0) B0` with the frozen start `A0`, `B0`, so the base is never changed; in files such an
+`init_weights` chooses another start. One that begins in a part of `W` takes that part off again,
+`- s (D(x) A0) B0` with the frozen start `A0`, `B0`, so the base is never changed; in files such an
 adapter is a plain LoRA of twice the rank.
 
 * `gaussian`: `A ~ N(0, 1/r^2)`; `orthogonal`: neither factor is zero, their product is;

@@ -59,8 +59,8 @@ class MiSSFormat(TargetedFormat["MiSS"]):
 class MiSS(Biased):
     """Shard sharing at linear sites.
 
-    Leaves of a site: `miss_block`, `[r, out]`, of `mini` `[r, mini_rank]`, of `bat` `[out / r, r,
-    r]`, trained; `miss_dropout []` if the rate is not zero, not trained. All float32.
+    Leaves of a site: `miss_block`, `[r, out]`, of `mini` `[r, mini_rank]`, of `bat`
+    `[out / r, r, r]`, trained; `miss_dropout []` if the rate is not zero, not trained. All float32.
 
     Raises:
         ConfigError: An option is out of range, options are incompatible, or the shards do not fit

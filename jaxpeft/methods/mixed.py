@@ -83,7 +83,7 @@ class Mixed(Method):
                         f"methods: {other.name} and {part.name} share leaves but train different"
                         " ones; use only one of them"
                     )
-                if type(part) is type(other) and isinstance(part, training_hooks.Optimizing):
+                if type(part) is type(other) and isinstance(part, training_hooks.OptimizerHook):
                     found.append(
                         f"methods: two {part.name} would each wrap the optimizer; combine their"
                         " sites in one"

@@ -254,8 +254,8 @@ def _size(numbers: int) -> int:
 
 
 def _skew(vectors: Any) -> Any:
-    """Build skew-symmetric matrices from the entries above the diagonal, `[b, k (k - 1) / 2] -> [b,
-    k, k]`.
+    """Build skew-symmetric matrices from the entries above the diagonal,
+    `[b, k (k - 1) / 2] -> [b, k, k]`.
     """
     size = _size(vectors.shape[1])
     rows, columns = jnp.triu_indices(size, 1)

@@ -189,8 +189,8 @@ class PTuningV2(PrefixTuning):
 
 
 def _keys_and_values(run: Any, ids: Any) -> jax.Array:
-    """Compute the keys, rotated, and values of each layer for a row of tokens: float32 `[n, layers,
-    2, w]`.
+    """Compute the keys, rotated, and values of each layer for a row of tokens: float32
+    `[n, layers, 2, w]`.
     """
     from jaxpeft.core import paths
     from jaxpeft.core.tree import stack_layers

@@ -72,9 +72,9 @@ class PTuning(VirtualTokens):
     """Embeddings before those of a row's tokens, produced by a network.
 
     Leaves at the root, trained: `ptuning_embeddings [n, hidden]`, and those of the network:
-    `ptuning_w1`, `ptuning_b1` and so on, and of the LSTMs, by direction, `ptuning_x1 [2, hidden,
-    4e]`, `ptuning_x2 [2, 2e, 4e]`, and by layer and direction `ptuning_h [2, 2, e, 4e]`, `ptuning_b
-    [2, 2, 4e]`.
+    `ptuning_w1`, `ptuning_b1` and so on, and of the LSTMs, by direction,
+    `ptuning_x1 [2, hidden, 4e]`, `ptuning_x2 [2, 2e, 4e]`, and by layer and direction
+    `ptuning_h [2, 2, e, 4e]`, `ptuning_b [2, 2, 4e]`.
 
     Raises:
         ConfigError: An option is out of range, or options are incompatible.

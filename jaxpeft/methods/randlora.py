@@ -68,8 +68,8 @@ class RandLora(Biased):
     """Trained diagonals around shared random bases.
 
     Leaves of a site: `randlora_lambda [n, r]`, `randlora_gamma [min(in, out), n]`, trained;
-    `randlora_scale []`, `randlora_dropout []` if the rate is not zero. At the root: `randlora_a
-    [r, 1, m]`, `randlora_b [M, n, r]`, not trained. All float32.
+    `randlora_scale []`, `randlora_dropout []` if the rate is not zero. At the root:
+    `randlora_a [r, 1, m]`, `randlora_b [M, n, r]`, not trained. All float32.
 
     Raises:
         ConfigError: An option is out of range, or options are incompatible.

@@ -9,11 +9,11 @@ and scores entry i of a site by the sum of I1 I2 of e[i] and the means of it ove
 B[i] (equation 11). Every `interval` steps all but the best `budget` entries of all sites are set to
 zero, where, with c running from 1 to 0 (equation 12),
 
-    budget = target + (initial - target) c^3,    initial = entries there are,
+    budget = target + (initial - target) c^3,    initial = number of entries,
         target = target_rank sites
 
-In the first `initial_steps` none is; in the last `final_steps` those that were set to zero stay so.
-The steps of a run are 1, 2, ... The gradient is that which the optimizer is given, before clipping.
+No entry is set to zero in the first `initial_steps`, and none is restored in the last
+`final_steps`. Steps count from 1. The gradient is the optimizer's input, before clipping.
 
 Zhang et al. 2023, section 3.2 and 3.3 (arXiv:2303.10512).
 """

@@ -53,8 +53,9 @@ class RoAdFormat(TargetedFormat["RoAd"]):
 class RoAd(Targeted):
     """Rotation of the outputs of linear sites.
 
-    Leaves of a site: `road_theta`, radians, and `road_alpha`, `[out / group_size, k, group_size /
-    2]` with k = 1, 2 or 4 as the variant says; float32, trained.
+    Leaves of a site: `road_theta`, radians, and `road_alpha`,
+    `[out / group_size, k, group_size / 2]` with k = 1, 2 or 4 as the variant says; float32,
+    trained.
 
     Raises:
         ConfigError: An option is out of range, or options are incompatible.

@@ -1,5 +1,5 @@
-r"""Rotations of an input, block by block, as their difference from the identity: `x -> x + x D`, `D
-= R - I`.
+r"""Rotations of an input, block by block, as their difference from the identity: `x -> x + x D`,
+`D = R - I`.
 
 The difference of a fresh rotation is zero, so that `x` is bit-identical, and that of a small one is
 not rounded off in bfloat16. `R` is orthogonal if it is the Cayley transform of a

@@ -11,7 +11,7 @@ from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
 from jaxpeft.core.peft_format import PeftFormat
 from jaxpeft.core.specs import SiteSpec
-from jaxpeft.core.targets import ALL, Site, Targets, matches, whole_leaf
+from jaxpeft.core.targets import ALL, Site, Targets, matches, selects_leaf
 from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted, TargetedFormat
 
 if TYPE_CHECKING:
@@ -53,9 +53,7 @@ class Selected(Targeted):
     )
 
     def wanted(self) -> Targets:
-        """Return the target options, without a look at the model: an entry that it has not selects
-        nothing.
-        """
+        """Return the target options; an entry that matches no site of the model selects nothing."""
         return self.where(self.usual_targets)
 
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
@@ -67,6 +65,6 @@ class Selected(Targeted):
         """Return whether a leaf belongs to a selected site."""
         if path[-1] not in self.base_leaves or paths.is_head(path):
             return False
-        return whole_leaf(
+        return selects_leaf(
             self.name, path, paths.get(params, path), lambda name: matches(name, self.wanted())
         )

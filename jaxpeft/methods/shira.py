@@ -26,7 +26,7 @@ from jaxpeft.core.targets import Site
 from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.recomputed import multiply
-from jaxpeft.methods.sparse import one_of_each_part, scatter
+from jaxpeft.methods.sparse import draw_one_per_part, scatter
 from jaxpeft.methods.targeted import Targeted, TargetedFormat
 
 _LEAVES = ("shira_weight", "shira_indices")
@@ -89,7 +89,7 @@ class SHiRA(Targeted):
                 f"shira.rank: {self.rank} needs {count} entries of the kernel of {site.name}, which"
                 f" has {n_in * n_out}; set a lower rank, or exclude the site"
             )
-        flat = one_of_each_part(rng, count, n_in * n_out)
+        flat = draw_one_per_part(rng, count, n_in * n_out)
         indices = jnp.stack([flat // n_in, flat % n_in]).astype(jnp.int32)
         return {"shira_weight": jnp.zeros((count,), jnp.float32), "shira_indices": indices}
 

@@ -46,8 +46,10 @@ def as_torch_draws(count: int, total: int, seed: int) -> np.ndarray[Any, np.dtyp
 def _permutation_by_steps(
     count: int, total: int, twister: np.random.RandomState
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Number `i` takes the place of one before it, which goes to the end; of the later ones those
-    that come to the front matter.
+    """Return the first `count` entries of an inside-out shuffle of `total` numbers.
+
+    Number `i` swaps places with a random earlier one; only swaps into the first `count` places are
+    kept.
     """
     found = np.zeros(count, np.int64)
     for start in range(0, total, _CHUNK):
@@ -77,7 +79,7 @@ def scatter(indices: Any, values: Any, shape: tuple[int, int]) -> Any:
     return jnp.zeros(shape, jnp.float32).at[of_in, of_out].add(values)
 
 
-def one_of_each_part(key: jax.Array, count: int, total: int) -> jax.Array:
+def draw_one_per_part(key: jax.Array, count: int, total: int) -> jax.Array:
     """Draw one number from each of `count` nearly equal parts of the range below `total`.
 
     Args:

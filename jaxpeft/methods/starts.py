@@ -1,5 +1,5 @@
-"""Initializations of A `[in, r]` and B `[r, out]` of a low-rank update, each a function `(site,
-kernel, rank, scale, rng) -> (A, B)`.
+"""Initializations of A `[in, r]` and B `[r, out]` of a low-rank update, each a function
+`(site, kernel, rank, scale, rng) -> (A, B)`.
 
 A new one is one function and one line in `STARTS`. If it starts with a part of the kernel, it is
 also in `FROM_KERNEL`, and the initial update is subtracted from the output.
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 
 def default(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> Pair:
-    """`A` uniform within 1/sqrt(in) (Kaiming with a = sqrt(5), as in PEFT), normal for an
-    embedding with `B`; one is zero.
+    """Draw `A` uniformly within 1/sqrt(in), as PEFT's Kaiming with a = sqrt(5); `B` is zero.
+
+    Of an embedding `B` is normal, and `A` is zero.
     """
     del kernel, scale
     n_in, n_out = site.shape
@@ -38,7 +39,7 @@ def default(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> 
 
 
 def gaussian(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> Pair:
-    """`A ~ N(0, 1/r^2)`, `B` zero."""
+    """Draw `A ~ N(0, 1/r^2)`; `B` is zero."""
     if site.kind == "embedding":
         return default(site, kernel, rank, scale, rng)
     n_in, n_out = site.shape
@@ -48,8 +49,9 @@ def gaussian(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) ->
 
 
 def orthogonal(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> Pair:
-    """`A = X Q_odd`, `B = Q_even' Y` with `Q` `[r, r]` orthogonal: `Q_odd Q_even'` and so `A B` is
-    zero, neither factor is.
+    """Draw `A = X Q_odd` and `B = Q_even' Y` with an orthogonal `Q` `[r, r]`.
+
+    Neither factor is zero, but `Q_odd Q_even'` is, and so is `A B`.
     """
     del kernel, scale
     n_in, n_out = site.shape
@@ -65,16 +67,17 @@ def orthogonal(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) 
 
 
 def pissa(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> Pair:
-    """The r largest singular triples of the kernel, the square root of each value in either
-    factor.
+    """Return the r largest singular triples of the kernel.
+
+    Each factor takes the square root of the singular values.
     """
     del rng
     return largest_triples(kernel(), rank, scale)
 
 
 def largest_triples(matrix: Array, rank: int, scale: float) -> Pair:
-    """The A and B whose update, times the scale, is the rank largest singular triples of a matrix
-    `[in, out]`, all that it has.
+    """Return A and B such that `scale A B` is the part of a matrix `[in, out]` in its `rank`
+    largest singular triples, or in all of them if it has fewer.
     """
     u, values, v = jnp.linalg.svd(matrix, full_matrices=False)
     root = jnp.sqrt(values[:rank] / scale)
@@ -82,7 +85,7 @@ def largest_triples(matrix: Array, rank: int, scale: float) -> Pair:
 
 
 def olora(site: Site, kernel: Kernel, rank: int, scale: float, rng: Array) -> Pair:
-    """The first r columns of `Q` and rows of `R` of the kernel's transpose, `W' = Q R`."""
+    """Return the first r columns of `Q` and rows of `R` of the transposed kernel `W' = Q R`."""
     del rng, scale
     q, r = jnp.linalg.qr(kernel().T)
     return r[:rank].T, q[:, :rank].T

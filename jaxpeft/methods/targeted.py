@@ -175,8 +175,8 @@ def require_divisor(field: str, size: int, site: Site) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranked(Targeted):
-    """A targeted method with a rank and a scaling `s`, `alpha / rank` or, with rsLoRA, `alpha /
-    sqrt(rank)`.
+    """A targeted method with a rank and a scaling `s`, `alpha / rank` or, with rsLoRA,
+    `alpha / sqrt(rank)`.
     """
 
     rank: int = option(8, "rank r of the update", at_least=1)

@@ -47,8 +47,8 @@ class TrainableTokensFormat(TargetedFormat["TrainableTokens"]):
 class TrainableTokens(Targeted):
     """Trains the rows of chosen tokens.
 
-    Leaves of a site: `token_rows [n, d]` float32, trained, which begin as the base's; `token_ids
-    [n]` int32.
+    Leaves of a site: `token_rows [n, d]` float32, trained, which begin as the base's;
+    `token_ids [n]` int32.
     """
 
     name: ClassVar[str] = "trainable_tokens"

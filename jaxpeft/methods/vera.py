@@ -119,9 +119,7 @@ class VeRA(Biased):
 
     @staticmethod
     def compute(call: Call) -> Any:
-        """Compute `x W + (((D(x) A) * d) B) * b`, `[..., in] -> [..., out]`, in the dtype of `x
-        W`.
-        """
+        """Compute `x W + (((D(x) A) * d) B) * b`, `[..., in] -> [..., out]`, in `x W`'s dtype."""
         y = call.base(*call.args)
         return y + call.each(_update, drop_input(call, call.x.astype(y.dtype), "vera_dropout"))
 

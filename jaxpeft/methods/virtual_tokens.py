@@ -1,9 +1,10 @@
 """The base class of methods that prepend virtual tokens to each row; they adapt the model, not
 sites.
 
-Their leaves are at the root of the tree. The model is called with `virtual=Virtual(past=...,
-prompt=...)`, which the models of `jaxpeft.load` support (`jaxpeft.models.masks.Virtual`). Sizes are
-derived from the base's tree: the number and width of the key projections, and the word embedding.
+Their leaves are at the root of the tree. The model is called with
+`virtual=Virtual(past=..., prompt=...)`, which the models of `jaxpeft.load` support
+(`jaxpeft.models.masks.Virtual`). Sizes are derived from the base's tree: the number and width of
+the key projections, and the word embedding.
 
 In files, each method is one table, `prompt_embeddings [virtual tokens, width]`. A network that
 produces it is saved in checkpoints, but not in files, as in Hugging Face PEFT.

@@ -2,10 +2,10 @@
 
 With the scores `s = q k^T / sqrt(d)` of one block at a time, a running maximum `m` and sum `l` of
 `exp(s - m)` give the softmax over all keys (Milakov and Gimelshein 2018, "Online normalizer
-calculation for softmax", section 3, arXiv:1805.02867). The backward pass computes the weights `p =
-exp(s - m) / l` of a block, and otherwise needs only `D = sum(dy * y)`: `ds = p * (dy v^T - D)` (Dao
-et al. 2022, "FlashAttention", appendix B.2, arXiv:2205.14135). The memory is that of one block:
-Rabe and Staats 2021 (arXiv:2112.05682).
+calculation for softmax", section 3, arXiv:1805.02867). The backward pass computes the weights
+`p = exp(s - m) / l` of a block, and otherwise needs only `D = sum(dy * y)`: `ds = p * (dy v^T - D)`
+(Dao et al. 2022, "FlashAttention", appendix B.2, arXiv:2205.14135). The memory is that of one
+block: Rabe and Staats 2021 (arXiv:2112.05682).
 
 The queries may be a part of the row that starts at the position `first`, while the keys are the
 full row. This supports positions sharded over devices: each device gathers all keys and values
@@ -157,8 +157,8 @@ _attend.defvjp(_forward, _backward)
 
 
 class _Blocks:
-    """The blocks of keys `[batch, kv_heads, key, d]` for queries `[batch, kv_heads, heads /
-    kv_heads * query, d]`.
+    """The blocks of keys `[batch, kv_heads, key, d]` for queries
+    `[batch, kv_heads, heads / kv_heads * query, d]`.
     """
 
     def __init__(

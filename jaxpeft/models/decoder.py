@@ -39,7 +39,7 @@ from jaxpeft.models.layers import (
     residual_dense,
     run_layers,
 )
-from jaxpeft.models.masks import Mask, Virtual, before, make_mask, positions
+from jaxpeft.models.masks import Mask, Virtual, make_mask, positions, prepend_virtual
 from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, MLP, VOCAB, constrain
 
 Array = jax.Array
@@ -239,7 +239,7 @@ class Attention(nn.Module):
             q = RMSNorm(c.rms_norm_eps, self.options.dtype, name="q_norm")(q)
             k = RMSNorm(c.rms_norm_eps, self.options.dtype, name="k_norm")(k)
         q, k = mark_product(rope.rotate(q, cos, sin)), mark_product(rope.rotate(k, cos, sin))
-        k, v = before(self, past, k, mark_product(v))
+        k, v = prepend_virtual(self, past, k, mark_product(v))
         out = attend(self, self.options.attention, q, k, v, mask, c.attention_dropout)
         o_proj = residual_dense(c.hidden_size, "o_proj", self.options, bias=c.output_bias)
         return mark_product(constrain(o_proj.join(o_proj(out), residual), BATCH, LENGTH, HIDDEN))

@@ -29,7 +29,7 @@ from jaxpeft.models.layers import (
     residual_dense,
     run_layers,
 )
-from jaxpeft.models.masks import Mask, Virtual, before, make_mask, positions
+from jaxpeft.models.masks import Mask, Virtual, make_mask, positions, prepend_virtual
 from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, MLP, constrain
 
 Array = jax.Array
@@ -53,7 +53,7 @@ class _Part(nn.Module):
         shape = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         first, *others = (dense(c.hidden_size, name, self.options) for name in names)
         q, k, v = by_heads(mark_product(y).reshape(shape) for y in first.together(x, *others))
-        k, v = before(self, past, k, v)
+        k, v = prepend_virtual(self, past, k, v)
         return attend(self, self.options.attention, q, k, v, mask, c.attention_dropout)
 
 

@@ -50,9 +50,9 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
-        centred = x - jnp.mean(x, -1, keepdims=True)
-        normal = centred * jax.lax.rsqrt(
-            jnp.mean(jnp.square(centred), -1, keepdims=True) + self.eps
+        centered = x - jnp.mean(x, -1, keepdims=True)
+        normal = centered * jax.lax.rsqrt(
+            jnp.mean(jnp.square(centered), -1, keepdims=True) + self.eps
         )
         return (normal * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
 
@@ -114,7 +114,7 @@ def dense(features: int, name: str | None, options: ModelOptions, *, bias: bool 
     return Linear(features, use_bias=bias, dtype=options.dtype, name=name)
 
 
-class Joining(Linear):
+class ResidualDense(Linear):
     """A linear module whose output is added to the residual stream by a method, `join`."""
 
     def join(
@@ -133,9 +133,9 @@ class Joining(Linear):
 
 def residual_dense(
     features: int, name: str, options: ModelOptions, *, bias: bool = True
-) -> Joining:
+) -> ResidualDense:
     """Return a linear module whose output is added to the residual stream."""
-    return Joining(features, use_bias=bias, dtype=options.dtype, name=name)
+    return ResidualDense(features, use_bias=bias, dtype=options.dtype, name=name)
 
 
 def head_dense(features: int, name: str | None, *, bias: bool = True) -> nn.Dense:

@@ -188,7 +188,9 @@ class Virtual:
         return jnp.concatenate([front, own], axis=1)
 
 
-def before(module: nn.Module, past: Array | None, k: Array, v: Array) -> tuple[Array, Array]:
+def prepend_virtual(
+    module: nn.Module, past: Array | None, k: Array, v: Array
+) -> tuple[Array, Array]:
     """Prepend the keys and values of virtual positions to a layer's own.
 
     Args:

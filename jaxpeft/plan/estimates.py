@@ -21,7 +21,7 @@ from jaxpeft.train import memory
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptMemory:
     """Estimated bytes per device.
 
     Attributes:
@@ -42,7 +42,7 @@ class Kept:
         return fastest(self.total, room)
 
 
-def estimate_kept(subject: Subject, placed: StepArguments, mesh: Mesh) -> Kept:
+def estimate_kept(subject: Subject, placed: StepArguments, mesh: Mesh) -> KeptMemory:
     """Estimate a step's memory beyond its arguments.
 
     Args:
@@ -54,7 +54,7 @@ def estimate_kept(subject: Subject, placed: StepArguments, mesh: Mesh) -> Kept:
     rows, length = -(-subject.rows // over), -(-subject.length // mesh.shape[SEQUENCE])
     where = memory.layout_of(subject.outline, mesh, sharding_rules(subject.config.mesh))
     own = memory.estimate(subject.outline, 0, rows, length, where)
-    return Kept(own.kept, own.working + placed.gradients + _decoded_bytes(subject, mesh))
+    return KeptMemory(own.kept, own.working + placed.gradients + _decoded_bytes(subject, mesh))
 
 
 def _decoded_bytes(subject: Subject, mesh: Mesh) -> int:

@@ -76,7 +76,7 @@ class Candidate:
     config: Config
     row: Row
     placed: StepArguments | None = None
-    kept: estimates.Kept | None = None
+    kept: estimates.KeptMemory | None = None
 
 
 def examine(setting: Setting, config: Config, change: str = "") -> Candidate:
@@ -208,7 +208,11 @@ def step_of(run: Subject, placed: StepArguments, mesh: Mesh) -> Any:
 
 
 def _memory(
-    setting: Setting, run: Subject, placed: StepArguments, kept: estimates.Kept, compiled: Compiled
+    setting: Setting,
+    run: Subject,
+    placed: StepArguments,
+    kept: estimates.KeptMemory,
+    compiled: Compiled,
 ) -> Memory:
     """Split the memory of a step: computed arguments, estimated activations, and the rest of the
     compiler's total.

@@ -144,7 +144,7 @@ def waits(environment: Environment, flags: Flags | None = None) -> Waits:
     """
     settings = {name: (variable, environment.get(variable)) for name, variable in _WAITS.items()}
     if flags is not None and flags.heartbeat is not None:
-        settings["heartbeat"] = ("--heartbeat_timeout", str(flags.heartbeat))
+        settings["heartbeat"] = ("--heartbeat-timeout", str(flags.heartbeat))
     found = {name: _number(*one) for name, one in settings.items() if one[1]}
     for name, seconds in found.items():
         if seconds < 1:

@@ -25,7 +25,7 @@ _INSPECTED_ROWS = 100
 
 
 @dataclass(frozen=True)
-class Decided:
+class RunArtifacts:
     """Artifacts that accompany a run's adapter.
 
     Attributes:
@@ -43,7 +43,7 @@ class Decided:
     chats: bool
 
 
-def decide(config: Config, splits: Splits) -> Decided:
+def collect_artifacts(config: Config, splits: Splits) -> RunArtifacts:
     """Return the artifacts that accompany a run's adapter."""
     examples = splits.examples
     settings = Settings(
@@ -57,7 +57,9 @@ def decide(config: Config, splits: Splits) -> Decided:
     )
     used = splits.encoding.chat_template(examples)
     tokenizer = _with_template(splits.tokenizer, used)
-    return Decided(settings, tokenizer, examples.kind, examples.pairs is not None, used is not None)
+    return RunArtifacts(
+        settings, tokenizer, examples.kind, examples.pairs is not None, used is not None
+    )
 
 
 def answer_ends(tokenizer: Any) -> set[int]:

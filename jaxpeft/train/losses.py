@@ -19,7 +19,7 @@ Loss = Callable[[Outputs, Batch], tuple[jax.Array, jax.Array]]
 def causal_lm(
     outputs: Outputs, batch: Batch, entropy: CrossEntropy = CrossEntropy()
 ) -> tuple[jax.Array, jax.Array]:
-    """Next-token loss: position t predicts the label at t + 1.
+    """Return the next-token loss: position t predicts the label at t + 1.
 
     Args:
         outputs: hidden states and head; the full logits are never computed.
@@ -37,7 +37,9 @@ def causal_lm(
 def tokens(
     outputs: Outputs, batch: Batch, entropy: CrossEntropy = CrossEntropy()
 ) -> tuple[jax.Array, jax.Array]:
-    """Token classification loss: `logits [batch, length, classes]`, `labels [batch, length]`.
+    """Return the token classification loss.
+
+    `logits [batch, length, classes]`, `labels [batch, length]`.
 
     Returns:
         `(sum over tokens, number of tokens)`.
@@ -48,7 +50,9 @@ def tokens(
 def single_label(
     outputs: Outputs, batch: Batch, entropy: CrossEntropy = CrossEntropy()
 ) -> tuple[jax.Array, jax.Array]:
-    """Single-label classification loss: `logits [batch, classes]`, `labels [batch]` int32.
+    """Return the single-label classification loss.
+
+    `logits [batch, classes]`, `labels [batch]` int32.
 
     Returns:
         `(sum over rows, number of rows)`.
@@ -57,7 +61,9 @@ def single_label(
 
 
 def multi_label(outputs: Outputs, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Multi-label loss, a binary cross-entropy per class: `labels [batch, classes]` float32.
+    """Return the multi-label loss, a binary cross-entropy per class.
+
+    `labels [batch, classes]` float32.
 
     Returns:
         `(sum over rows, number of rows)`.
@@ -67,7 +73,7 @@ def multi_label(outputs: Outputs, batch: Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def regression(outputs: Outputs, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Mean squared error: `logits [batch, 1]`, `labels [batch]` float32.
+    """Return the mean squared error: `logits [batch, 1]`, `labels [batch]` float32.
 
     Returns:
         `(sum over rows, number of rows)`.

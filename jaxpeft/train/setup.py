@@ -29,7 +29,7 @@ from jaxpeft.processes.peers import ALONE, Peers
 from jaxpeft.sharding.mesh import heads_of, make_mesh
 from jaxpeft.sharding.rules import Rules, sharding_rules
 from jaxpeft.train import compiling, memory
-from jaxpeft.train.artifacts import Decided, decide
+from jaxpeft.train.artifacts import RunArtifacts, collect_artifacts
 from jaxpeft.train.auto import choose_outline
 from jaxpeft.train.from_config import training_loss
 from jaxpeft.train.losses import Loss, loss_for
@@ -83,7 +83,7 @@ class Provenance:
 
     identity: Mapping[str, Any]
     base_tensors: Mapping[str, str]
-    decided: Decided
+    decided: RunArtifacts
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def prepare(config: Config, peers: Peers = ALONE) -> Setup:
         provenance=Provenance(
             {"config": as_dict(config), "base": base, "data": splits.identity},
             tensors,
-            decide(config, splits),
+            collect_artifacts(config, splits),
         ),
         peers=peers,
     )

@@ -2,8 +2,8 @@
 
 At each site, the updates `s_i A_i B_i` of the adapters are combined with weights `w_i`:
 
-* `linear`: the factors separately, `A = sum sign(w_i s_i) sqrt|w_i s_i| A_i`, `B = sum sqrt|w_i
-  s_i| B_i`; an approximation, which needs equal ranks;
+* `linear`: the factors separately, `A = sum sign(w_i s_i) sqrt|w_i s_i| A_i`,
+  `B = sum sqrt|w_i s_i| B_i`; an approximation, which needs equal ranks;
 * `cat`: `A = [w_1 s_1 A_1 | w_2 s_2 A_2 | ...]`, with all `B` stacked; exact, but the ranks add up;
 * `svd`: the best rank-r approximation of `sum w_i s_i A_i B_i`;
 * `ties`: only the largest entries of each are kept, a sign is elected for each entry, and the

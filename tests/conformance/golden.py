@@ -5,8 +5,8 @@ all of them.
 
 `golden/bases` holds the two tiny models, `golden/NAME` the files that `peft` saves of a method, and
 `logits.safetensors` the logits of the last token that is no padding, or of the row where the model
-classifies rows. With them `make test` compares every method with `peft` without importing it; `make
-test-all` compares them with the `peft` that is installed.
+classifies rows. With them `make test` compares every method with `peft` without importing it;
+`make test-all` compares them with the `peft` that is installed.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Tries every method and writes docs/methods.md from what was found: `python -m
-tests.conformance.report`.
+"""Tries every method and writes docs/methods.md from what was found:
+`python -m tests.conformance.report`.
 
 Further arguments go to pytest, such as `-n 2`; `--capabilities` alone writes the first table anew,
 keeps the others, and runs no test.

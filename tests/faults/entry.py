@@ -1,5 +1,5 @@
-"""The main job with a fault at a named point: `python -m tests.faults.entry POINT:N -- ARGUMENTS OF
-jaxpeft.train`.
+"""The main job with a fault at a named point:
+`python -m tests.faults.entry POINT:N -- ARGUMENTS OF jaxpeft.train`.
 
 `POINT:N` is where, the Nth time: `after_arrays` (saved, no manifest yet), `in_save` (Orbax has
 begun), `in_delete` (an old step's manifest is gone, its folder is not), `in_eval`, `in_compile`,

@@ -1,5 +1,5 @@
-"""Runs the fault tests and writes docs/reliability.md from their results: `python -m
-tests.faults.report`.
+"""Runs the fault tests and writes docs/reliability.md from their results:
+`python -m tests.faults.report`.
 
 Further arguments go to pytest, such as `-n 2`.
 """

@@ -86,7 +86,7 @@ class Team:
                 str(self.processes),
                 "--process",
                 str(i),
-                "--heartbeat_timeout",
+                "--heartbeat-timeout",
                 str(self.heartbeat),
                 *arguments,
                 *member.arguments,

@@ -16,7 +16,7 @@ from jaxpeft.errors import ConfigError, TargetError
 from jaxpeft.methods.bottleneck import NonLinearity
 from jaxpeft.methods.compacter import kronecker
 from jaxpeft.models.activations import ACTIVATIONS
-from jaxpeft.models.layers import Joining, LayerNorm
+from jaxpeft.models.layers import LayerNorm, ResidualDense
 from tests.conformance.conftest import moved
 from tests.core.helpers import load, names, run
 
@@ -34,7 +34,7 @@ class Sublayer(nn.Module):
 
     @nn.compact
     def __call__(self, x: Any, residual: Any) -> Any:
-        proj = Joining(8, name="o_proj")
+        proj = ResidualDense(8, name="o_proj")
         norm = LayerNorm(1e-5, jnp.float32, name="norm") if self.normed else None
         return proj.join(proj(x), residual, norm)
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpeft.methods.sparse import as_torch_draws, one_of_each_part
+from jaxpeft.methods.sparse import as_torch_draws, draw_one_per_part
 
 
 @pytest.mark.parametrize(
@@ -25,13 +25,13 @@ def test_the_draws_are_those_of_torch(count: int, total: int, seed: int) -> None
     ("count", "total"), [(5, 5), (7, 1536), (2**18, 4096 * 4096), (100, 2**31 + 12)]
 )
 def test_one_of_each_part_is_ascending_and_within(count: int, total: int) -> None:
-    drawn = np.asarray(one_of_each_part(jax.random.key(3), count, total)).astype(np.int64)
+    drawn = np.asarray(draw_one_per_part(jax.random.key(3), count, total)).astype(np.int64)
     edges = np.arange(count + 1) * total // count
     assert ((drawn >= edges[:-1]) & (drawn < edges[1:])).all()
 
 
 def test_another_key_draws_others() -> None:
-    first, second = (np.asarray(one_of_each_part(jax.random.key(i), 100, 10_000)) for i in (0, 1))
+    first, second = (np.asarray(draw_one_per_part(jax.random.key(i), 100, 10_000)) for i in (0, 1))
     assert (first != second).mean() > 0.9
 
 

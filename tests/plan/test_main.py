@@ -103,8 +103,8 @@ def test_help(capsys):
 def planned(
     tmp_path: Path, *words: str, code: int = 0, **changed: Any
 ) -> tuple[dict[str, Any], str]:
-    """Run the command, for the small model with so much of its config.json changed: `(JSON, what it
-    printed)`.
+    """Run the command, for the small model with so much of its config.json changed:
+    `(JSON, what it printed)`.
     """
     file, described = write(tmp_path, **changed)
     asked = [

@@ -403,7 +403,7 @@ def test_how_long_is_waited() -> None:
     }
     assert waits(told) == Waits(30, 60, 90)
     assert waits(told, Flags(heartbeat=5)) == Waits(5, 60, 90)
-    with pytest.raises(ConfigError, match="--heartbeat_timeout: must be at least 1 second, is 0"):
+    with pytest.raises(ConfigError, match="--heartbeat-timeout: must be at least 1 second, is 0"):
         waits(told, Flags(heartbeat=0))
     with pytest.raises(ConfigError, match="JAXPEFT_START_TIMEOUT: must be an integer, is 'soon'"):
         waits({"JAXPEFT_START_TIMEOUT": "soon"})

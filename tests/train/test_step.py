@@ -228,8 +228,8 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(where: str) ->
 
 
 def test_bfloat16_gradients_are_near_those_of_float32() -> None:
-    """Of all leaves together; of wider models it is below a hundredth: `python -m
-    benchmarks.gradients`.
+    """Of all leaves together; of wider models it is below a hundredth:
+    `python -m benchmarks.gradients`.
     """
     model, trainable, frozen = setup(jaxpeft.LoRA(rank=4), jnp.bfloat16)
     wide = model.clone(options=dataclasses.replace(model.options, dtype=jnp.dtype(jnp.float32)))

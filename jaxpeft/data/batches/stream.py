@@ -15,7 +15,13 @@ from jaxpeft.config.schema import Config
 from jaxpeft.data.batches.prefetch import prefetch
 from jaxpeft.data.batches.training import Batch, Batches, Own, Position
 from jaxpeft.data.examples.make import Examples, join, make_examples
-from jaxpeft.data.examples.reading import columns_of, cut_texts, kind_of, layout_of, report_unread
+from jaxpeft.data.examples.reading import (
+    columns_of,
+    cut_texts,
+    file_options_of,
+    kind_of,
+    report_unread,
+)
 from jaxpeft.data.rows.columns import OPTIONAL, Columns, Kind
 from jaxpeft.data.rows.read import is_hub_id
 from jaxpeft.data.rows.row_streams import RowStream
@@ -94,7 +100,7 @@ class Stream:
         for path, share in zip(config.data.sources, shares, strict=True):
             hub = (config.data.subset, config.data.revision) if is_hub_id(path) else (None, None)
             stream, count = (
-                RowStream(path, "train", *hub, layout_of(config)),
+                RowStream(path, "train", *hub, file_options_of(config)),
                 round(share * config.data.buffer_rows),
             )
             if count < 1:

@@ -103,8 +103,8 @@ class Batches:
         return plan.rows[i]
 
     def batch(self, step: int, own: Own = None) -> Batch:
-        """Return the arrays of a step; with accumulation, each starts with the axes `[accumulation,
-        batch / accumulation]`.
+        """Return the arrays of a step; with accumulation, each starts with the axes
+        `[accumulation, batch / accumulation]`.
 
         Args:
             step: the step number.

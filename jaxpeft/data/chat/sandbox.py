@@ -10,10 +10,10 @@ package adds such limits.
 
 The file is run by path and imports nothing of jaxpeft. `templates.Template` exchanges lines of JSON
 with it. The first line is `{"sources", "tokens"}`, answered by `{"error"}`. Each further line is a
-list of `{"messages", "tools", "cuts"}`, answered by one line per item: `{"texts"}`, or `{"error",
-"fatal"}`, which ends the replies. Each text is sent as the number of characters it shares with the
-previous one, the rest, and an error or null: a long chat is rendered at many cuts, and each
-rendering is only a little longer than the previous one.
+list of `{"messages", "tools", "cuts"}`, answered by one line per item: `{"texts"}`, or
+`{"error", "fatal"}`, which ends the replies. Each text is sent as the number of characters it
+shares with the previous one, the rest, and an error or null: a long chat is rendered at many cuts,
+and each rendering is only a little longer than the previous one.
 """
 
 from __future__ import annotations

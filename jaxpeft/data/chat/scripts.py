@@ -58,7 +58,7 @@ class Script:
 
     @property
     def learned(self) -> tuple[tuple[int, int], ...]:
-        """The loss spans, by their name before 0.3."""
+        """The loss spans, by their old name, accepted until 0.3."""
         return self.loss_spans
 
     @property

@@ -111,7 +111,7 @@ class Labeling:
         def lookup(name: str) -> int:
             label_id = ids[name] if name in ids else ids.setdefault(name, self.id_of(name))
             if label_id is None:
-                raise self._unlookup(name)
+                raise self._unknown_label(name)
             return label_id
 
         if problem is None:
@@ -176,7 +176,7 @@ class Labeling:
             )
         return [i for i, one in enumerate(cells) if int(one)]
 
-    def _unlookup(self, name: str) -> RowError:
+    def _unknown_label(self, name: str) -> RowError:
         where = f" of {self.origin}" if self.origin else ""
         numbering = (
             ", which are numbered from 0"

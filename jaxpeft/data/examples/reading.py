@@ -67,7 +67,7 @@ def read_examples(
         ]
     )
     if not held_out:
-        return train, *read_held(config, all_examples or train)
+        return train, *read_holdout(config, all_examples or train)
     validation = join(
         [
             _examples(rows, kind, config, all_examples)
@@ -102,7 +102,7 @@ def _head(config: Config, source: Source | None) -> BaseHead | None:
     return None if source is None else read_head(source, config.model.task)
 
 
-def read_held(
+def read_holdout(
     config: Config, like: Examples | None, source: Source | None = None
 ) -> tuple[Examples, Examples]:
     """Load the validation and test examples; validation replaces a missing test split.
@@ -281,19 +281,21 @@ def read_source(path: str, split: str, config: Config) -> Rows:
     Raises:
         DataError: the source cannot be read.
     """
-    layout = layout_of(config)
+    file_options = file_options_of(config)
     if is_hub_id(path):
         return read_rows(
             path,
             split=split,
             config=config.data.subset,
             revision=config.data.revision,
-            layout=layout,
+            file_options=file_options,
         )
-    return read_rows(path, split=split if Path(path).expanduser().is_dir() else None, layout=layout)
+    return read_rows(
+        path, split=split if Path(path).expanduser().is_dir() else None, file_options=file_options
+    )
 
 
-def layout_of(config: Config) -> FileOptions:
+def file_options_of(config: Config) -> FileOptions:
     """Return the file options in the config."""
     data = config.data
     columns = tuple(data.columns.values())

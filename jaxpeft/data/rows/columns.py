@@ -290,9 +290,10 @@ def _columns_present(usual: Sequence[str], present: Sequence[str]) -> list[str]:
 
 
 def _absent(present: Sequence[str], requested: Columns, name: str) -> list[str]:
+    there = ", ".join(present)
     return [
-        f"{name}: no column {column!r} (for {field}){nearest(column, present)} Columns present:"
-        f" {', '.join(present)}"
+        f"{name}: no column {column!r} (for {field}){nearest(column, present) or '.'} Columns"
+        f" present: {there}"
         for field, column in requested.named_fields().items()
         if column not in present
     ]

@@ -54,7 +54,7 @@ class Dialect:
 
 
 def dialect_of(
-    text: str, name: str, default: str, layout: FileOptions, *, is_complete: bool = True
+    text: str, name: str, default: str, file_options: FileOptions, *, is_complete: bool = True
 ) -> Dialect:
     """Detect the dialect of a table.
 
@@ -62,7 +62,7 @@ def dialect_of(
         text: the contents, or the first lines.
         name: the name of the file in messages.
         default: the delimiter for the file extension.
-        layout: the user's file options.
+        file_options: the user's file options.
         is_complete: whether `text` is the complete file.
 
     Raises:
@@ -71,20 +71,20 @@ def dialect_of(
     marked = _SEP.match(text)
     skipped, body = (1, text[marked.end() :]) if marked else (0, text)
     delimiter = (
-        layout.delimiter
-        if layout.delimiter != "auto"
+        file_options.delimiter
+        if file_options.delimiter != "auto"
         else marked[1]
         if marked
-        else _delimiter(body, default, layout)
+        else _delimiter(body, default, file_options)
     )
-    quoted, undecided = layout.quoting != "none", False
-    if layout.quoting == "auto" and delimiter == "\t":
+    quoted, undecided = file_options.quoting != "none", False
+    if file_options.quoting == "auto" and delimiter == "\t":
         undecided = not is_complete and not _OPENS.search(body)
         quoted = not undecided and _has_quoting(body, name, skipped, is_complete)
-    header = layout.header
+    header = file_options.header
     if header is None:
         rows = [row for _, row in _first_rows(body, delimiter, quoted, _HEADER_ROWS)]
-        _check_header(rows, name, skipped, delimiter, layout)
+        _check_header(rows, name, skipped, delimiter, file_options)
         header = True
     return Dialect(delimiter, quoted, header, skipped, undecided)
 
@@ -113,12 +113,12 @@ def fields_of(text: Iterable[str], delimiter: str, quoted: bool) -> Iterator[tup
             yield number, RowError(f"broken quoting ({error})", _BROKEN)
 
 
-def is_usual(name: str, layout: FileOptions) -> bool:
+def is_usual(name: str, file_options: FileOptions) -> bool:
     """Return whether a field in the first line is a usual or requested column name."""
-    return name.strip().lower() in USUAL or name in layout.columns
+    return name.strip().lower() in USUAL or name in file_options.columns
 
 
-def _delimiter(text: str, default: str, layout: FileOptions) -> str:
+def _delimiter(text: str, default: str, file_options: FileOptions) -> str:
     """Return the delimiter that splits the first lines best, or the default in a tie."""
 
     def fitness(delimiter: str) -> tuple[bool, bool, bool]:
@@ -127,7 +127,7 @@ def _delimiter(text: str, default: str, layout: FileOptions) -> str:
         first = next((row for rows in parses for _, row in rows[:1] if isinstance(row, list)), [])
         if len(first) < 2:
             return False, False, delimiter == default
-        is_named = any(is_usual(field, layout) for field in first)
+        is_named = any(is_usual(field, file_options) for field in first)
         return is_named or is_regular, is_named and is_regular, delimiter == default
 
     return max(DELIMITERS if default in DELIMITERS else (default, *DELIMITERS), key=fitness)
@@ -206,7 +206,7 @@ def _quotes_are_consistent(text: str, rows: Sequence[list[str]]) -> bool:
 
 
 def _check_header(
-    rows: Sequence[Fields], name: str, skipped: int, delimiter: str, layout: FileOptions
+    rows: Sequence[Fields], name: str, skipped: int, delimiter: str, file_options: FileOptions
 ) -> None:
     """Refuse a first line that looks like data.
 
@@ -214,9 +214,9 @@ def _check_header(
         DataError: the first line looks like data.
     """
     first = rows[0] if rows else []
-    if not isinstance(first, list) or not first or set(first) & set(layout.columns):
+    if not isinstance(first, list) or not first or set(first) & set(file_options.columns):
         return
-    usual = [field for field in first if is_usual(field, layout)]
+    usual = [field for field in first if is_usual(field, file_options)]
     if len(usual) > 1:
         return
     if [field for field in first if field] == [str(i) for i in range(sum(map(bool, first)))]:

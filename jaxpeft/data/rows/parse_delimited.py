@@ -16,20 +16,20 @@ from jaxpeft.data.rows.utf8 import decode
 from jaxpeft.errors import DataError
 
 
-def parse_delimited(body: bytes, name: str, layout: FileOptions, delimiter: str) -> Parsed:
+def parse_delimited(body: bytes, name: str, file_options: FileOptions, delimiter: str) -> Parsed:
     """Parse a header and rows with the same number of fields; all values are strings.
 
     Args:
         body: the contents in UTF-8.
         name: the name of the file in messages.
-        layout: the user's file options.
+        file_options: the user's file options.
         delimiter: the delimiter for the file extension.
 
     Raises:
         DataError: the file is not UTF-8, has a broken header or row, or is ambiguous.
     """
     text = decode(body, name).rstrip("\r\n")
-    dialect = dialect_of(text, name, delimiter, layout)
+    dialect = dialect_of(text, name, delimiter, file_options)
     rows = rows_of(io.StringIO(text, newline=""), dialect)
     header, start = header_of(rows[0] if rows else (1, []), name, dialect)
     body_rows = rows[start:]

@@ -68,23 +68,23 @@ def parse_lines(
     return records
 
 
-def parse_json(body: bytes, name: str, layout: FileOptions) -> Parsed:
+def parse_json(body: bytes, name: str, file_options: FileOptions) -> Parsed:
     """Parse one JSON value that contains rows, or one object per line.
 
     Args:
         body: the contents in UTF-8.
         name: the name of the file in messages.
-        layout: the user's file options, with the location of the rows.
+        file_options: the user's file options, with the location of the rows.
 
     Raises:
         DataError: the file is not JSON in UTF-8, or its rows cannot be located.
     """
-    if _LINES.match(body) and not layout.field:
+    if _LINES.match(body) and not file_options.field:
         with suppress(DataError):
-            return replace(parse_jsonl(body, name, layout), note="one object per line")
+            return replace(parse_jsonl(body, name, file_options), note="one object per line")
     text = decode(body, name)
     try:
-        rows, note = rows_in(_load(text), layout.field, name)
+        rows, note = rows_in(_load(text), file_options.field, name)
     except RowError as fault:
         before = text[: fault.column - 1]
         line, column = before.count("\n") + 1, fault.column - before.rfind("\n") - 1

@@ -33,10 +33,10 @@ class TextFormat:
 
     parser: Callable[[bytes, str, FileOptions], Parsed]
 
-    def __call__(self, data: bytes, name: str, layout: FileOptions, _: Take) -> Parsed:
+    def __call__(self, data: bytes, name: str, file_options: FileOptions, _: Take) -> Parsed:
         """Parse a file in any encoding; `note` names it unless it is UTF-8."""
-        body, encoding = as_utf8(data, name, layout.encoding)
-        parsed = self.parser(body, name, layout)
+        body, encoding = as_utf8(data, name, file_options.encoding)
+        parsed = self.parser(body, name, file_options)
         note = ", ".join(
             filter(
                 None,

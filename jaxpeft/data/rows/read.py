@@ -129,7 +129,7 @@ def read_rows(
     split: str | None = None,
     config: str | None = None,
     revision: str | None = None,
-    layout: FileOptions = AS_FOUND,
+    file_options: FileOptions = AS_FOUND,
 ) -> Rows:
     """Read the rows of a file, a folder of files, or a split of a hub dataset.
 
@@ -142,7 +142,7 @@ def read_rows(
             `train` by default.
         config: the configuration of a hub dataset, such as `mrpc` of `nyu-mll/glue`.
         revision: the commit, tag or branch of a hub dataset.
-        layout: the user's file options.
+        file_options: the user's file options.
 
     Raises:
         DataError: the file or dataset does not exist, or rows cannot be read; lists the first 20
@@ -151,7 +151,7 @@ def read_rows(
     text, local = str(path), Path(path).expanduser()
     packaged = text.startswith("package:")
     if is_hub_id(path):
-        return _read_hub(text, split or "train", config, revision, layout)
+        return _read_hub(text, split or "train", config, revision, file_options)
     folder = local.is_dir() and not packaged
     named = {"split": None if folder else split, "config": config, "revision": revision}
     if hub_only := [k for k, v in named.items() if v is not None]:
@@ -162,9 +162,9 @@ def read_rows(
     if packaged:
         return _read_package(text)
     rows = (
-        _read_folder(local, text, split or "train", layout)
+        _read_folder(local, text, split or "train", file_options)
         if folder
-        else _read_file(local, text, layout)
+        else _read_file(local, text, file_options)
     )
     for note in rows.notes:
         _log.info("%s", note)
@@ -182,9 +182,9 @@ def is_hub_id(path: str | Path) -> bool:
     return "/" not in path or not Path(path).parent.is_dir()
 
 
-def _read_folder(folder: Path, name: str, split: str, layout: FileOptions) -> Rows:
-    files, allowed = files_of(folder, split), Allowance(layout.most)
-    parts = [_read_file(path, str(path), layout, allowed) for path in files.paths]
+def _read_folder(folder: Path, name: str, split: str, file_options: FileOptions) -> Rows:
+    files, allowed = files_of(folder, split), Allowance(file_options.most)
+    parts = [_read_file(path, str(path), file_options, allowed) for path in files.paths]
     rows = Rows.join(parts, name)
     if files.labels:
         labeled = [
@@ -198,7 +198,7 @@ def _read_folder(folder: Path, name: str, split: str, layout: FileOptions) -> Ro
 
 
 def _read_file(
-    path: Path, name: str, layout: FileOptions, allowed: Allowance | None = None
+    path: Path, name: str, file_options: FileOptions, allowed: Allowance | None = None
 ) -> Rows:
     check_file(path, name)
     extension = ending_of(path) or (".txt" if allowed else "")
@@ -207,16 +207,18 @@ def _read_file(
             f"{name}: the extension {path.suffix!r} is not supported;"
             f" {fix_for_unsupported(path.suffix.lower())}"
         )
-    allowed = allowed or Allowance(layout.most)
-    return _rows(read_bytes(path, name, allowed), extension, name, layout, allowed)
+    allowed = allowed or Allowance(file_options.most)
+    return _rows(read_bytes(path, name, allowed), extension, name, file_options, allowed)
 
 
-def _rows(data: bytes, extension: str, name: str, layout: FileOptions, allowed: Allowance) -> Rows:
-    parsed = PARSERS[extension](data, name, layout, allowed.take)
+def _rows(
+    data: bytes, extension: str, name: str, file_options: FileOptions, allowed: Allowance
+) -> Rows:
+    parsed = PARSERS[extension](data, name, file_options, allowed.take)
     if not parsed.records:
         raise DataError(f"{name}:1:1: the file has no rows; give a file with at least one row")
     notes = (f"{name}: {parsed.note}",) if parsed.note else ()
-    records = flatten_nested(parsed.records, layout.columns)
+    records = flatten_nested(parsed.records, file_options.columns)
     return Rows(records, name, hashlib.sha256(data).hexdigest(), parsed.lines, notes=notes)
 
 
@@ -271,11 +273,13 @@ def hub_name(hub_id: str, split: str, config: str | None) -> str:
 
 
 def _read_hub(
-    hub_id: str, split: str, config: str | None, revision: str | None, layout: FileOptions
+    hub_id: str, split: str, config: str | None, revision: str | None, file_options: FileOptions
 ) -> Rows:
     name, data = hub_name(hub_id, split, config), load_hub(hub_id, split, config, revision)
     records = [with_label_names(record, data.features) for record in data]
     if not records:
         raise DataError(f"{name}: the split has no rows; choose another")
     content = json.dumps([data.column_names, records], sort_keys=True, default=str).encode()
-    return Rows(flatten_nested(records, layout.columns), name, hashlib.sha256(content).hexdigest())
+    return Rows(
+        flatten_nested(records, file_options.columns), name, hashlib.sha256(content).hexdigest()
+    )

@@ -66,7 +66,7 @@ class RowStream:
         split: the split of a folder whose files are named after splits, or of a hub dataset.
         config: the configuration of a hub dataset.
         revision: the commit, tag or branch of a hub dataset.
-        layout: the user's file options.
+        file_options: the user's file options.
 
     Raises:
         DataError: the file does not exist or cannot be streamed.
@@ -78,17 +78,17 @@ class RowStream:
         split: str,
         config: str | None = None,
         revision: str | None = None,
-        layout: FileOptions = AS_FOUND,
+        file_options: FileOptions = AS_FOUND,
     ) -> None:
-        self.name, self._columns = path, layout.columns
+        self.name, self._columns = path, file_options.columns
         local = Path(path).expanduser()
         if is_hub_id(path):
             self._readers: list[_Reader] = [_Hub(path, split, config, revision)]
         elif local.is_dir():
-            self._readers = [_reader(file, layout) for file in files_of(local, split).paths]
+            self._readers = [_reader(file, file_options) for file in files_of(local, split).paths]
         else:
             check_file(local, path)
-            self._readers = [_reader(local, layout)]
+            self._readers = [_reader(local, file_options)]
         self._at, self._rest = 0, iter(())
         self._identity = ""
 
@@ -135,8 +135,8 @@ class RowStream:
 
 
 class _File:
-    def __init__(self, path: Path, layout: FileOptions) -> None:
-        self.path, self.name, self.layout, self.note = path, str(path), layout, ""
+    def __init__(self, path: Path, file_options: FileOptions) -> None:
+        self.path, self.name, self.file_options, self.note = path, str(path), file_options, ""
 
     def raw(self) -> Iterator[Raw]:
         """Yield the rows without trailing blank ones."""
@@ -170,7 +170,7 @@ class _TextFile(_File):
     @cached_property
     def encoding(self) -> str:
         with open_file(self.path) as file:
-            return encoding_of(file.read(_HEAD), self.name, self.layout.encoding)
+            return encoding_of(file.read(_HEAD), self.name, self.file_options.encoding)
 
     @contextmanager
     def _text(self) -> Generator[TextIO]:
@@ -208,8 +208,8 @@ class _Jsonl(_TextFile):
 
 
 class _Delimited(_TextFile):
-    def __init__(self, path: Path, layout: FileOptions, delimiter: str) -> None:
-        super().__init__(path, layout)
+    def __init__(self, path: Path, file_options: FileOptions, delimiter: str) -> None:
+        super().__init__(path, file_options)
         self._delimiter = delimiter
 
     @cached_property
@@ -222,7 +222,7 @@ class _Delimited(_TextFile):
             head.rstrip("\r\n") if is_complete else head,
             self.name,
             self._delimiter,
-            self.layout,
+            self.file_options,
             is_complete=is_complete,
         )
         self.note = f"{dialect}, encoding {self.encoding}"
@@ -254,9 +254,9 @@ class _Table(_File):
     """A self-describing binary file."""
 
     def __init__(
-        self, path: Path, layout: FileOptions, read: Callable[..., Iterator[list[Record]]]
+        self, path: Path, file_options: FileOptions, read: Callable[..., Iterator[list[Record]]]
     ) -> None:
-        super().__init__(path, layout)
+        super().__init__(path, file_options)
         self._read = read
 
     def _raw(self) -> Iterator[Raw]:
@@ -306,18 +306,18 @@ class _Hub:
         return self._hash
 
 
-def _reader(path: Path, layout: FileOptions) -> _Reader:
+def _reader(path: Path, file_options: FileOptions) -> _Reader:
     makers: dict[str, Callable[[Path, FileOptions], _Reader]] = {
         ".jsonl": _Jsonl,
         ".ndjson": _Jsonl,
-        ".csv": lambda path, layout: _Delimited(path, layout, ","),
-        ".tsv": lambda path, layout: _Delimited(path, layout, "\t"),
-        ".parquet": lambda path, layout: _Table(path, layout, parquet_records),
-        ".arrow": lambda path, layout: _Table(path, layout, arrow_records),
+        ".csv": lambda path, file_options: _Delimited(path, file_options, ","),
+        ".tsv": lambda path, file_options: _Delimited(path, file_options, "\t"),
+        ".parquet": lambda path, file_options: _Table(path, file_options, parquet_records),
+        ".arrow": lambda path, file_options: _Table(path, file_options, arrow_records),
     }
     if ending_of(path) not in makers:
         raise DataError(
             f"{path}: files with the extension {path.suffix!r} cannot be streamed; convert it to"
             " .jsonl, one row per line"
         )
-    return makers[ending_of(path)](path, layout)
+    return makers[ending_of(path)](path, file_options)

@@ -251,7 +251,7 @@ def _without_backbone(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Held:
+class TensorView:
     """A tensor of the loaded model, used instead of one from a file."""
 
     value: np.ndarray[Any, Any]
@@ -294,7 +294,7 @@ def _head(folder: Path, model: Pretrained, params: Mapping[str, Any]) -> dict[st
         return {}
     if not saved:
         _log.warning("%s: has no %s; the model's own head is kept", folder, HEAD_WEIGHTS)
-        return {name: Held(_torch(path, leaf)) for name, (path, leaf) in own.items()}
+        return {name: TensorView(_torch(path, leaf)) for name, (path, leaf) in own.items()}
     header, config = read_header(folder / HEAD_WEIGHTS), read_json(folder / HEAD_CONFIG)
     found = _head_problems(config, model, own, saved_here=(folder / EXTRA).is_file())
     if found:

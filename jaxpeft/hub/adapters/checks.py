@@ -14,7 +14,7 @@ from jaxpeft.core import paths, targets
 from jaxpeft.core.method import Method
 from jaxpeft.core.rewriting import chosen_sites, layer_of
 from jaxpeft.core.targets import Site
-from jaxpeft.hub.adapters.tensors import Array, adapted_names, find_adapted, wholes
+from jaxpeft.hub.adapters.tensors import Array, adapted_names, find_adapted, whole_tensors
 
 
 def mismatches(method: Method, params: Mapping[str, Any]) -> list[str]:
@@ -149,7 +149,7 @@ def _site_mismatches(
 
 def _expected_leaves(method: Method, params: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     wanted: dict[str, jax.ShapeDtypeStruct] = {}
-    for entry in wholes(method, params):
+    for entry in whole_tensors(method, params):
         shape = paths.get(params, entry.path).shape[0 if entry.layer is None else 1 :]
         wanted[entry.name] = jax.ShapeDtypeStruct(
             shape[::-1] if entry.transposed else shape, jnp.float32

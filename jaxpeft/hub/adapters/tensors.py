@@ -29,7 +29,7 @@ Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True)
-class Whole:
+class WholeTensor:
     """A tensor of an adapter file that is a fully trained leaf of the base, or one layer of it.
 
     Attributes:
@@ -120,7 +120,7 @@ class Adapted:
         return (*(self.index or ()), *(slice(0, n) for n in like.shape))
 
 
-def wholes(method: Method, params: Mapping[str, Any]) -> list[Whole]:
+def whole_tensors(method: Method, params: Mapping[str, Any]) -> list[WholeTensor]:
     """List the fully trained leaves of the base: heads, `modules_to_save`, biases.
 
     Args:
@@ -129,7 +129,7 @@ def wholes(method: Method, params: Mapping[str, Any]) -> list[Whole]:
     """
     adding = [name for part in method.parts() for name in (*part.leaves.names, *part.leaves.root)]
     wrapped = {name: part for part in method.parts() for name in adapted_names(part, params)}
-    out: list[Whole] = []
+    out: list[WholeTensor] = []
     for path, flag in paths.walk(trainable_mask(method, params)):
         if not flag or path[-1] in adding:
             continue
@@ -138,7 +138,7 @@ def wholes(method: Method, params: Mapping[str, Any]) -> list[Whole]:
         for row, module in enumerate(paths.hf_names(path[:-1], layers)):
             middle = method.peft.wrapper(method, path, wrapped.get(module))
             out.append(
-                Whole(
+                WholeTensor(
                     f"{method.peft.module_prefix}{module}.{middle}{leaf_name}",
                     path,
                     None if layers is None else row,
@@ -193,7 +193,7 @@ def to_tensors(method: Method, params: Mapping[str, Any]) -> dict[str, Array]:
     """
     out: dict[str, Array] = {}
     host: dict[Path, Array] = {}
-    for entry in wholes(method, params):
+    for entry in whole_tensors(method, params):
         if entry.path not in host:
             host[entry.path] = np.asarray(paths.get(params, entry.path), np.float32)
         out[entry.name] = entry.take(host[entry.path])
@@ -366,7 +366,7 @@ def put_tensors(method: Method, params: Mapping[str, Any], tensors: Mapping[str,
         tensors: tensors of the file, already checked by `differences`.
     """
     host: dict[Path, Array] = {}
-    for entry in wholes(method, params):
+    for entry in whole_tensors(method, params):
         leaf = paths.get(params, entry.path)
         entry.put(
             host.setdefault(entry.path, np.zeros(leaf.shape, np.float32)), tensors[entry.name]

@@ -49,7 +49,7 @@ class RowReader(Described, Protocol):
 
 
 @dataclass(frozen=True)
-class Filled:
+class ConstantTensor:
     """A constant tensor that is not stored in a file.
 
     Attributes:
@@ -119,31 +119,29 @@ def gather(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Packed]:
     for name, beside in companions.items():
         codes = tensors.get(name)
         found[name] = (
-            _find_faults(beside, f"missing: {name}")
-            if codes is None
-            else _pack(name, codes, beside)
+            _faulty(beside, f"missing: {name}") if codes is None else _pack(name, codes, beside)
         )
     return found
 
 
-def _find_faults(beside: Mapping[str, Tensor], *problems: str) -> Packed:
+def _faulty(beside: Mapping[str, Tensor], *problems: str) -> Packed:
     return Packed(next(iter(beside.values())).file, (), np.dtype(np.float32), {}, problems)
 
 
 def _pack(name: str, codes: Tensor, beside: Mapping[str, Tensor]) -> Packed:
     stated = [key for key in beside if key.startswith(_STATE[1:])]
     if not stated:
-        return _find_faults(beside, f"missing: {name}{_STATE}nf4")
+        return _faulty(beside, f"missing: {name}{_STATE}nf4")
     state, *others = stated
     if others or state != f"{_STATE[1:]}nf4":
-        return _find_faults(
+        return _faulty(
             beside,
             f"quantized: {name} is {state.partition('__')[2]}, but only nf4 is supported;"
             f" {_INSTEAD}",
         )
     parsed = _parse(beside[state])
     if parsed is None:
-        return _find_faults(
+        return _faulty(
             beside,
             f"quantized: {name}.{state} is not a valid bitsandbytes state; fetch the file again",
         )
@@ -152,7 +150,7 @@ def _pack(name: str, codes: Tensor, beside: Mapping[str, Tensor]) -> Packed:
     problems = [f"missing: {name}.{key}" for key in needed if key not in beside]
     problems += [f"quantized: {name}: {problem}" for problem in _state_problems(parsed, nested)]
     if problems:
-        return _find_faults(beside, *problems)
+        return _faulty(beside, *problems)
     return _check_leaves(name, codes, beside, parsed, nested)
 
 
@@ -175,7 +173,7 @@ def _state_problems(state: Mapping[str, Any], nested: bool) -> list[str]:
         if state.get(key) != value
     ]
     shape: Any = state.get("shape")
-    if not isinstance(shape, list) or [_counts(n) for n in cast("list[Any]", shape)] != [
+    if not isinstance(shape, list) or [_is_count(n) for n in cast("list[Any]", shape)] != [
         True,
         True,
     ]:
@@ -185,19 +183,19 @@ def _state_problems(state: Mapping[str, Any], nested: bool) -> list[str]:
     if not isinstance(state.get("dtype"), str) or state["dtype"] not in _DTYPES:
         problems.append(f"dtype is {state.get('dtype')!r}, must be one of {', '.join(_DTYPES)}")
     offset: Any = state.get("nested_offset")
-    if nested and not _finite(offset):
+    if nested and not _is_finite(offset):
         problems.append(f"nested_offset is {offset!r}, must be a number")
     return problems
 
 
-def _finite(x: Any) -> bool:
+def _is_finite(x: Any) -> bool:
     # compared without conversion, since an integer may exceed the range of floats
     return (
         isinstance(x, int | float) and not isinstance(x, bool) and -_MOST_OFFSET < x < _MOST_OFFSET
     )
 
 
-def _counts(n: Any) -> bool:
+def _is_count(n: Any) -> bool:
     return isinstance(n, int) and not isinstance(n, bool) and 0 < n < _MOST_SIDE
 
 
@@ -233,15 +231,15 @@ def _check_leaves(
         and not np.allclose(beside[key].read(), table, rtol=1e-5, atol=0)
     ]
     if problems:
-        return _find_faults(beside, *problems)
+        return _faulty(beside, *problems)
     rows = (out, n_in // nf4.BLOCK) if n_in % nf4.BLOCK == 0 else (blocks,)
     leaves: tuple[RowReader, ...] = (
         # some checkpoints store the bytes of the codes in another dtype
         # (`bnb_4bit_quant_storage`)
         dataclasses.replace(codes, shape=(out, n_in // 2), dtype=np.dtype(np.uint8)),
         dataclasses.replace(beside["absmax"], shape=rows),
-        beside["nested_absmax"] if nested else Filled((seconds,), 1.0),
-        Filled((), float(state["nested_offset"]) if nested else 0.0),
+        beside["nested_absmax"] if nested else ConstantTensor((seconds,), 1.0),
+        ConstantTensor((), float(state["nested_offset"]) if nested else 0.0),
     )
     dtype = np.dtype(DTYPES[_DTYPES[state["dtype"]]])
     return Packed(codes.file, (out, n_in), dtype, dict(zip(nf4.NF4.leaves, leaves, strict=True)))

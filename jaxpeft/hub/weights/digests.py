@@ -134,7 +134,7 @@ class _Readable(Described, Protocol):
 
 
 @dataclass(frozen=True)
-class Noted:
+class RecordedTensor:
     """A tensor whose SHA-256 is recorded when it is read.
 
     Attributes:

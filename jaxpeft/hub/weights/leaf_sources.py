@@ -137,7 +137,7 @@ def join(tensors: Sequence[RowReader], *, stacked: bool) -> LeafSource:
 
 
 @dataclass(frozen=True)
-class Grown:
+class ExtendedTensor:
     """A tensor with more rows than in the file; the new rows are the mean of the existing ones.
 
     Attributes:

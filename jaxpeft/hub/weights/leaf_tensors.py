@@ -18,7 +18,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.errors import WeightsError, nearest
 from jaxpeft.hub.weights.bitsandbytes import Packed
-from jaxpeft.hub.weights.leaf_sources import Grown, LeafSource, join
+from jaxpeft.hub.weights.leaf_sources import ExtendedTensor, LeafSource, join
 from jaxpeft.hub.weights.safetensors_files import Tensor
 from jaxpeft.models.base import Family
 
@@ -55,7 +55,9 @@ class WeightPlan:
             source = sources.get(path)
             if source is not None and source.shape != leaf.shape:
                 rows = leaf.shape[-1] if source.transposed else leaf.shape[0]
-                tables = tuple(Grown(table, rows, source.dtype) for table in source.tensors)
+                tables = tuple(
+                    ExtendedTensor(table, rows, source.dtype) for table in source.tensors
+                )
                 sources[path] = dataclasses.replace(source, tensors=tables, shape=leaf.shape)
         return dataclasses.replace(self, sources=sources)
 
@@ -114,7 +116,7 @@ def plan(
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _ExpectedLeaf:
     """The tensors required for a leaf.
 
     Attributes:
@@ -164,15 +166,15 @@ class _Wanted:
         )
 
 
-def _expect(path: Path, leaf: Any, named: Tensors) -> _Wanted:
+def _expect(path: Path, leaf: Any, named: Tensors) -> _ExpectedLeaf:
     layers = leaf.shape[0] if paths.layer_axis(path) is not None else None
     names = paths.hf_names(path, layers)
-    return _Wanted(
+    return _ExpectedLeaf(
         path, leaf, layers, names, {name: named[name] for name in names if name in named}
     )
 
 
-def _faults(one: _Wanted, named: Tensors) -> list[str]:
+def _faults(one: _ExpectedLeaf, named: Tensors) -> list[str]:
     """List the errors in the tensors of a leaf."""
     found = [f"missing: {name}{nearest(name, named)}" for name in one.names if name not in named]
     if broken := _unfit(one):
@@ -190,7 +192,7 @@ def _faults(one: _Wanted, named: Tensors) -> list[str]:
     ]
 
 
-def _source(one: _Wanted, dtype: Any | None) -> LeafSource:
+def _source(one: _ExpectedLeaf, dtype: Any | None) -> LeafSource:
     """Return the source of a leaf that is not quantized in the checkpoint."""
     plain = [tensor for tensor in one.present.values() if isinstance(tensor, Tensor)]
     target = np.dtype(dtype) if dtype is not None else _common_dtype(plain)
@@ -222,7 +224,7 @@ def plan_without_tensors(abstract: Tree, dtype: Any, *, new_head: bool) -> Weigh
     return WeightPlan(sources, new, ())
 
 
-def _unfit(one: _Wanted) -> list[str]:
+def _unfit(one: _ExpectedLeaf) -> list[str]:
     """List the reasons why a leaf cannot be loaded from its quantized tensors."""
     packed, count = one.packed, len(one.present)
     if broken := [problem for tensor in packed.values() for problem in tensor.problems]:

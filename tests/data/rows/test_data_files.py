@@ -115,11 +115,11 @@ def test_what_unpacks_to_more_than_is_allowed_is_refused_before_it_is_held(
     else:
         path.write_bytes(gzip.compress(row * 20_000) if path.suffix == ".gz" else row * 20_000)
     with pytest.raises(DataError) as caught:
-        read_rows(path, layout=FileOptions(most=10 * MIB))
+        read_rows(path, file_options=FileOptions(most=10 * MIB))
     assert ": this source is larger than 0.00977 GiB unpacked; " in str(caught.value)
     assert (
         "set data.streaming to stream the training rows, or increase data.most_gib if memory"
         " allows" in str(caught.value)
     )
-    assert len(read_rows(path, layout=FileOptions(most=42 * MIB))) == 20_000
+    assert len(read_rows(path, file_options=FileOptions(most=42 * MIB))) == 20_000
     assert len(stream(path)) == 9

@@ -26,19 +26,19 @@ def table(delimiter: str, rows: Any = GOOD, **options: Any) -> str:
     return out.getvalue()
 
 
-def read(path: str, **layout: Any) -> Rows:
+def read(path: str, **file_options: Any) -> Rows:
     """Read a file whole and as a stream, which are the same."""
-    rows = read_rows(path, layout=FileOptions(**layout))
-    stream = RowStream(path, "train", layout=FileOptions(**layout)).rows(0, 99)
+    rows = read_rows(path, file_options=FileOptions(**file_options))
+    stream = RowStream(path, "train", file_options=FileOptions(**file_options)).rows(0, 99)
     assert (stream.records, stream.lines) == (rows.records, rows.lines)
     return rows
 
 
-def refusal(path: str, **layout: Any) -> str:
+def refusal(path: str, **file_options: Any) -> str:
     with pytest.raises(DataError) as caught:
-        read_rows(path, layout=FileOptions(**layout))
+        read_rows(path, file_options=FileOptions(**file_options))
     with pytest.raises(DataError) as streamed:
-        RowStream(path, "train", layout=FileOptions(**layout)).rows(0, 99)
+        RowStream(path, "train", file_options=FileOptions(**file_options)).rows(0, 99)
     assert str(streamed.value) == str(caught.value)
     return str(caught.value).removeprefix(path)
 

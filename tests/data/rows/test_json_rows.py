@@ -50,12 +50,12 @@ def test_where_several_could_be_meant_an_option_says_which(write: Any) -> None:
         == f"{path}: rows could be under train, test, other.deep; choose one with data.field, such as"
         " data.field='train'"
     )
-    assert read_rows(path, layout=FileOptions(field="test")).records == ROWS[:1]
-    assert read_rows(path, layout=FileOptions(field="other.deep")).records == ROWS
+    assert read_rows(path, file_options=FileOptions(field="test")).records == ROWS[:1]
+    assert read_rows(path, file_options=FileOptions(field="other.deep")).records == ROWS
     with pytest.raises(
         DataError, match=r"data\.field 'other\.dep': no 'dep' under 'other'; did you mean 'deep'"
     ):
-        read_rows(path, layout=FileOptions(field="other.dep"))
+        read_rows(path, file_options=FileOptions(field="other.dep"))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_values_inside_of_objects_are_columns_by_their_dotted_names(write: Any) 
         path = write(name, json.dumps([row]) if name == "x.json" else json.dumps(row) + "\n")
         rows = read_rows(
             path,
-            layout=FileOptions(
+            file_options=FileOptions(
                 columns=("review.body", "review.stars.1.n", "a.b", "review.no", "label")
             ),
         )

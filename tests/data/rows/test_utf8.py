@@ -48,10 +48,10 @@ def test_one_byte_a_character_is_not_guessed_but_shown_as_excel_would_have_writt
         in str(caught.value)
     )
     assert TEXT in str(caught.value)
-    assert read_rows(path, layout=FileOptions(encoding="cp1252")).records == WANTED
+    assert read_rows(path, file_options=FileOptions(encoding="cp1252")).records == WANTED
     if name != "x.json":
         assert (
-            RowStream(path, "train", layout=FileOptions(encoding="cp1252")).rows(0, 9).records
+            RowStream(path, "train", file_options=FileOptions(encoding="cp1252")).rows(0, 9).records
             == WANTED
         )
 
@@ -69,18 +69,22 @@ def test_other_encodings_are_read_by_their_names(write: Any, encoding: str, text
     path = write("x.csv", f"text,label\n{text},x\n".encode(encoding))
     with pytest.raises(DataError, match="not UTF-8"):
         read_rows(path)
-    assert read_rows(path, layout=FileOptions(encoding=encoding)).records == [
+    assert read_rows(path, file_options=FileOptions(encoding=encoding)).records == [
         {"text": text, "label": "x"}
     ]
 
 
 @pytest.mark.parametrize(
-    "read", [read_rows, lambda path, layout: RowStream(path, "train", layout=layout).rows(0, 9)]
+    "read",
+    [
+        read_rows,
+        lambda path, file_options: RowStream(path, "train", file_options=file_options).rows(0, 9),
+    ],
 )
 def test_a_byte_that_the_encoding_does_not_have_is_told_with_its_place(
     write: Any, read: Any
 ) -> None:
     path = write("x.csv", b"text,label\na,x\nb\x81c,y\n")
     with pytest.raises(DataError) as caught:
-        read(path, layout=FileOptions(encoding="cp1252"))
+        read(path, file_options=FileOptions(encoding="cp1252"))
     assert str(caught.value) == f"{path}:3:2: not cp1252; set data.encoding to the file's encoding"

@@ -1,5 +1,5 @@
-"""One of several processes that load a model: `python -m tests.hub.weights.loading_process PORT
-COUNT INDEX FOLDER OPTIONS`.
+"""One of several processes that load a model:
+`python -m tests.hub.weights.loading_process PORT COUNT INDEX FOLDER OPTIONS`.
 
 OPTIONS are JSON: `way` of `spreading.places`, `mesh`, and arguments of `outline`. Prints one JSON
 line: the bytes that it read, those that its devices hold (each once), and the SHA-256 of every

@@ -20,7 +20,7 @@ from jaxpeft.core import paths
 from jaxpeft.errors import ConfigError, WeightsError
 from jaxpeft.hub.loading import outline
 from jaxpeft.hub.weights import leaf_sources
-from jaxpeft.hub.weights.leaf_sources import Grown, LeafSource
+from jaxpeft.hub.weights.leaf_sources import ExtendedTensor, LeafSource
 from jaxpeft.hub.weights.safetensors_files import Meter, open_folder
 from jaxpeft.kernels import QUANTIZED
 from tests.hub.helpers import assert_bit_equal, edited, shard
@@ -233,7 +233,7 @@ def test_added_tokens_are_cut_with_the_others_and_have_the_same_numbers(
 def test_the_mean_of_many_rows_is_the_same_for_every_part(tmp_path: FilePath) -> None:
     wanted = np.random.default_rng(0).standard_normal((5003, 24)).astype(np.float32)
     shard(tmp_path, {"m.safetensors": {"x": wanted}})
-    grown = Grown(open_folder(tmp_path)["x"], 5007, np.dtype(np.float32))
+    grown = ExtendedTensor(open_folder(tmp_path)["x"], 5007, np.dtype(np.float32))
     whole = grown.read_rows(5000, 5007)
     np.testing.assert_array_equal(whole[:3], wanted[5000:])
     np.testing.assert_allclose(whole[3:], np.broadcast_to(wanted.mean(0), (4, 24)), atol=1e-6)
