@@ -133,7 +133,7 @@ def test_help_is_the_head_of_the_file(stubs: Stubs) -> None:
     done = bash(TPU_VM, "--help", env=stubs.environment())
     assert (
         done.returncode == 0
-        and done.stdout.startswith("Trains on Cloud TPU VMs")
+        and done.stdout.startswith("Train on Cloud TPU VMs")
         and "set -euo" not in done.stdout
     )
 
