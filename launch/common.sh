@@ -1,30 +1,31 @@
 #!/usr/bin/env bash
-# What the scripts beside it share, which source it: checks of what they are given, all problems at once, and DRY_RUN.
-# tpu_host.sh and slurm.sbatch stand by themselves: they run as copies, elsewhere.
+# Functions that the launch scripts source: input checks, which report all problems at once, and
+# DRY_RUN. tpu_host.sh and slurm.sbatch do not source this file, because they run as copies
+# elsewhere.
 set -euo pipefail
 
 problems=()
 
-require() { # VARIABLE PATTERN WHAT
+require() { # VARIABLE PATTERN DESCRIPTION
   if [[ ! "${!1:-}" =~ ^($2)$ ]]; then
     problems+=("$1=${!1:-}: is not $3")
   fi
 }
 
-optional() { # VARIABLE PATTERN WHAT: as require, where it is set
+optional() { # VARIABLE PATTERN DESCRIPTION: like require, but the variable may be unset
   [[ -z "${!1:-}" ]] || require "$@"
 }
 
-require_name() { # 28 characters, since machines and Pods put more behind it
+require_name() { # at most 28 characters: machines and Pods append suffixes
   require NAME '[a-z]([-a-z0-9]{0,26}[a-z0-9])?' '1 to 28 characters a-z, 0-9 and -, beginning with a letter'
 }
 
 require_image() {
   require IMAGE '[a-z0-9][a-zA-Z0-9._/-]*(:[0-9]+/[a-zA-Z0-9._/-]+)?[:@][a-zA-Z0-9._:-]+' 'an image with a tag'
-  [[ "${IMAGE:-}" != *:latest ]] || problems+=("IMAGE=$IMAGE: latest is not the same image after a restart; give a tag that stays")
+  [[ "${IMAGE:-}" != *:latest ]] || problems+=("IMAGE=$IMAGE: latest may be another image after a restart; use a fixed tag")
 }
 
-given() { # FLAG ARGUMENTS...: whether the flag is one of the arguments
+has_flag() { # FLAG ARGUMENTS...: whether the arguments contain the flag
   local word
   for word in "${@:2}"; do
     [[ ! "$word" =~ ^--?$1(=|$) ]] || return 0
@@ -32,10 +33,10 @@ given() { # FLAG ARGUMENTS...: whether the flag is one of the arguments
   return 1
 }
 
-require_arguments() { # ARGUMENTS...: of a trainer whose folder is on a store at /runs
-  given config "$@" || problems+=("--config: is not given; try --config configs/llama3_8b_lora.py")
-  # A folder runs/NAME would be in the container, and go with it.
-  ! given name "$@" || problems+=("--name: would not be on the store; leave it out, for /runs and NAME, or give --workdir")
+require_arguments() { # ARGUMENTS...: those of a trainer that writes to the store at /runs
+  has_flag config "$@" || problems+=("--config: is missing; try --config configs/llama3_8b_lora.py")
+  # --name writes to runs/NAME inside the container, which is lost with the container.
+  ! has_flag name "$@" || problems+=("--name: its folder is not on the store; remove it to use /runs/\$NAME, or pass --workdir")
 }
 
 stop_on_problems() {
@@ -48,7 +49,7 @@ dry() {
   [[ "${DRY_RUN:-0}" == 1 ]]
 }
 
-run() { # COMMAND...: or, on a dry run, prints it
+run() { # COMMAND...: run it, or print it in a dry run
   if dry; then
     printf '%q ' "$@" | sed 's/ $//'
     printf '\n'

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Trains on this machine, in one process or in several that work as one job:
+# Train on this machine, in one process, or in several processes that form one job:
 #
 #   launch/local.sh --config configs/quickstart.py [--workdir DIR] [--config.x.y=value ...]
 #
-#   PROCESSES=2   so many processes, joined over the loopback address; 1 by default
-#   DEVICES=4     as how many devices JAX sees the CPU in each process
-#   GPUS=1        so many GPUs for each process; all of them for every process by default
-#   PORT=...      of process 0, where the others find it; a free one by default
-#   GRACE=300     seconds that the other processes have to end by themselves, once one has stopped; 20 at most, if it has failed
-#   PYTHON=...    the interpreter: .venv/bin/python by default, or python3 where there is none
-#   DRY_RUN=1     print the commands only
+#   PROCESSES=2   number of processes, connected over the loopback address; 1 by default
+#   DEVICES=4     number of CPU devices that JAX simulates in each process
+#   GPUS=1        number of GPUs for each process; by default every process sees all GPUs
+#   PORT=...      coordinator port of process 0; a free port by default
+#   GRACE=300     seconds for the other processes to exit after one stops; at most 20 if it failed
+#   PYTHON=...    interpreter: .venv/bin/python by default, or python3 if that does not exist
+#   DRY_RUN=1     only print the commands
 #
-# The same command again goes on where it was stopped. SIGTERM and SIGINT are passed on to every process. Exit codes:
-# 0 done; 2 bad input, do not start it again; 143 (SIGTERM) and 130 (SIGINT) stopped and saved; any other, a failure:
-# that of the first process which failed.
+# Run the same command again to resume. The script forwards SIGTERM and SIGINT to every process.
+# Exit codes: 0 done; 2 bad input, do not restart; 143 (SIGTERM) and 130 (SIGINT) stopped and saved;
+# any other, the code of the first process that failed.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -21,9 +21,9 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/common.sh"
 
 : "${PROCESSES:=1}" "${GRACE:=300}"
-stop_signal="" # the number of the signal that this script was sent
+stop_signal="" # number of the signal that this script received
 result=0
-force_at="" # when what still runs is killed, in seconds since the start of the script
+force_at="" # when to kill the remaining processes, in seconds since the script started
 pids=()
 
 find_python() {
@@ -40,7 +40,7 @@ free_port() {
   "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-trainer() { # INDEX ARGUMENTS...: sets `command`
+trainer() { # INDEX ARGUMENTS...: set `command`
   local devices=()
   [[ -z "${DEVICES:-}" ]] || devices+=(JAX_NUM_CPU_DEVICES="$DEVICES")
   [[ -z "${GPUS:-}" ]] || devices+=(CUDA_VISIBLE_DEVICES="$(seq -s, "$(($1 * GPUS))" "$((($1 + 1) * GPUS - 1))")")
@@ -48,20 +48,21 @@ trainer() { # INDEX ARGUMENTS...: sets `command`
 }
 
 pass_on() { # NUMBER
-  # Bash starts what runs beside it with SIGINT ignored: what is passed on is SIGTERM, whichever came.
+  # Bash starts background processes with SIGINT ignored, so always forward SIGTERM.
   stop_signal="$1"
   kill -TERM "${pids[@]}" 2> /dev/null || true
 }
 
-set_force() { # SECONDS: never later than it was
+set_force() { # SECONDS: from now; never move force_at to a later time
   local at=$((SECONDS + $1))
   if [[ -z "$force_at" || "$at" -lt "$force_at" ]]; then
     force_at="$at"
   fi
 }
 
-# A failure goes before a stop, and bad input before both. Nobody is sent a signal: whoever stops saves together with the others,
-# and a second SIGTERM would end it in the middle of that; after a failure the trainers end each other.
+# A failure has priority over a stop, and bad input over both. Do not signal the other processes:
+# after a stop all processes save together, and a second SIGTERM would interrupt them; after a
+# failure the trainers end each other.
 note() { # INDEX CODE
   local index="$1" code="$2" shorter
   unset "pids[index]"
@@ -72,13 +73,13 @@ note() { # INDEX CODE
       set_force "$GRACE"
       ;;
     *)
-      # What was killed for not ending is no cause.
+      # This script killed the process: its code is not the cause.
       [[ -z "$force_at" || "$SECONDS" -lt "$force_at" ]] || return 0
       if ((code == 2 || result == 0 || result == 130 || result == 143)); then
         result="$code"
       fi
       shorter=$((GRACE < 20 ? GRACE : 20))
-      ((${#pids[@]} == 0)) || printf 'local.sh: process %s of %s ended with code %s; the others have %s s to end\n' \
+      ((${#pids[@]} == 0)) || printf 'local.sh: process %s of %s exited with code %s; the other processes have %s s to exit\n' \
         "$index" "$PROCESSES" "$code" "$shorter" >&2
       set_force "$shorter"
       ;;
@@ -98,7 +99,7 @@ wait_for_all() {
       kill -KILL "${pids[@]}" 2> /dev/null || true
     fi
     sleep 0.2 &
-    wait $! || true # unlike a sleep in the foreground, this ends when a signal comes
+    wait $! || true # unlike a foreground sleep, a signal interrupts this
   done
 }
 
@@ -113,7 +114,7 @@ python="$(find_python)"
 
 if ((PROCESSES > 1)); then
   if dry; then
-    : "${PORT:=PORT}" # which is looked for when it is needed
+    : "${PORT:=PORT}" # a real run looks for a free port
   else
     [[ -n "${PORT:-}" ]] || PORT="$(free_port)"
     trap 'pass_on 15' TERM
@@ -135,7 +136,7 @@ if ((PROCESSES > 1)); then
   exit "$result"
 fi
 
-# One process takes the place of this script: signals and the exit code are its own.
+# A single process replaces this script: it gets the signals, and its exit code is the script's.
 trainer 0 "$@"
 dry || exec "${command[@]}"
 run "${command[@]}"

@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
-# What launch/tpu_vm.sh does on each host of a TPU slice; it is copied there.
+# Set up a host of a TPU slice and control its trainer. launch/tpu_vm.sh copies this script to each
+# host.
 #
 #   setup IMAGE STORE   mount the store at /runs, fetch the image
-#   run IMAGE ARGS...   start the trainer in a container, as a systemd unit: it outlives the connection and a reboot
-#   status [IMAGE ARGS...]   one line: jaxpeft: none | runs | done | stopped | failed CODE; with a command, of that command alone:
-#                       other, if another one runs, and none, if another one has ended
-#   logs, stop
+#   run IMAGE ARGS...   start the trainer in a container, as a systemd unit, which survives a reboot
+#                       and the end of the connection
+#   status [IMAGE ARGS...]
+#                       print one line: jaxpeft: none | runs | done | stopped | failed CODE. With a
+#                       command, report only that command: other if another one is running, none if
+#                       another one has ended
+#   logs                print the last lines of the log
+#   stop                stop the trainer
 #
-# systemd restarts the unit when it fails, but not on exit code 2, bad input. It sends SIGTERM when the host is shut down, as
-# it is before a spot machine is taken away: docker passes it on, and the run saves.
+# systemd restarts the unit when it fails, but not on exit code 2, bad input. When the host shuts
+# down, as before the preemption of a spot machine, systemd sends SIGTERM: docker forwards it, and
+# the run saves.
 set -euo pipefail
 
 unit=jaxpeft.service
@@ -38,16 +44,17 @@ mount_store() { # STORE
   case "$1" in
     gs://*)
       install_gcsfuse
-      # A checkpoint is written beside its place and renamed: a bucket without a hierarchical namespace renames file by file.
+      # Checkpoints are renamed into place: a bucket without a hierarchical namespace renames every
+      # file separately.
       line="${1#gs://} /runs gcsfuse rw,_netdev,allow_other,implicit_dirs,rename_dir_limit=200000 0 0"
       ;;
     [!/]*:/[!/]* | [!/]*:/)
       sudo apt-get install -y -q nfs-common
       line="$1 /runs nfs rw,_netdev,hard 0 0"
       ;;
-    *) fail "the store $1: is neither gs://BUCKET nor HOST:/PATH" ;;
+    *) fail "the store $1: is not gs://BUCKET or HOST:/PATH" ;;
   esac
-  # In fstab, so that it is there after a reboot too, when the unit starts again.
+  # fstab mounts the store again after a reboot, before the unit starts.
   grep -qxF "$line" "${FSTAB:-/etc/fstab}" || printf '%s\n' "$line" | sudo tee -a "${FSTAB:-/etc/fstab}" > /dev/null
   sudo mount /runs
 }
@@ -61,7 +68,8 @@ setup() { # IMAGE STORE
   sudo docker pull "$1"
 }
 
-# As root, since the TPU's devices may belong to it; --init, so that a signal reaches Python before it has set its handlers.
+# Run as root, because the TPU devices may belong to root. --init lets a signal end Python also
+# before Python sets its handlers.
 command_text() { # IMAGE ARGS...
   local image="$1"
   shift
@@ -114,10 +122,10 @@ state() {
   esac
   local code
   code="$(property ExecMainStatus)"
-  case "$(property ExecMainCode)" in # as waitid has it
-    1) ;;                            # it has exited
-    2 | 3) code=$((128 + code)) ;;   # it was killed, and this is the signal
-    *) # Not started since the host was: its code, 0, says nothing. At boot it waits in systemd's queue.
+  case "$(property ExecMainCode)" in # the si_code of waitid
+    1) ;;                            # exited
+    2 | 3) code=$((128 + code)) ;;   # killed; the status is the signal
+    *) # Not started since boot, so code 0 means nothing. During boot, systemd queues the unit.
       [[ "$(property Job)" =~ ^0?$ ]] && printf 'none' || printf 'runs'
       return
       ;;
@@ -129,30 +137,30 @@ state() {
   esac
 }
 
-runs_command() { # IMAGE ARGS...: whether this is the command of the unit
+runs_command() { # IMAGE ARGS...: whether the unit has this command
   [[ -r "$command_file" && "$(cat "$command_file")" == "$(command_text "$@")" ]]
 }
 
 status() { # [IMAGE ARGS...]
-  local now
-  now="$(state)"
+  local unit_state
+  unit_state="$(state)"
   if (($# > 0)) && ! runs_command "$@"; then
-    [[ "$now" == runs ]] && now=other || now=none
+    [[ "$unit_state" == runs ]] && unit_state=other || unit_state=none
   fi
-  printf 'jaxpeft: %s\n' "$now"
+  printf 'jaxpeft: %s\n' "$unit_state"
 }
 
 start() { # IMAGE ARGS...
   if [[ "$(state)" == runs ]]; then
     runs_command "$@" || fail "another command is running; stop it first: launch/tpu_vm.sh stop"
-    printf 'jaxpeft: runs already\n'
+    printf 'jaxpeft: already running\n'
     return
   fi
   sudo mkdir -p "$(dirname "$command_file")"
   command_text "$@" | sudo tee "$command_file" > /dev/null
   unit_text | sudo tee "$unit_file" > /dev/null
   sudo systemctl daemon-reload
-  sudo systemctl reset-failed "$unit" 2> /dev/null || true # it is loaded only once it has run
+  sudo systemctl reset-failed "$unit" 2> /dev/null || true # fails if the unit has never run
   sudo systemctl enable "$unit"
   sudo systemctl restart "$unit"
 }
@@ -165,5 +173,5 @@ case "$verb" in
   status) status "$@" ;;
   logs) sudo journalctl --unit="$unit" --lines=200 --no-pager --output=cat ;;
   stop) sudo systemctl disable --now "$unit" ;;
-  *) fail "$verb: is none of setup, run, status, logs, stop" ;;
+  *) fail "$verb: is not one of setup, run, status, logs, stop" ;;
 esac

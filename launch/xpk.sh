@@ -1,22 +1,23 @@
 #!/usr/bin/env bash
-# Trains on a cluster that xpk has made:
+# Train on a cluster that was created with xpk:
 #
-#   NAME=llama IMAGE=... CLUSTER=... TYPE=v5litepod-16 launch/xpk.sh --config configs/llama3_8b_lora.py
+#   NAME=llama IMAGE=... CLUSTER=... TYPE=v5litepod-16 \
+#     launch/xpk.sh --config configs/llama3_8b_lora.py
 #
-#   NAME          of the workload: a-z, 0-9 and -, at most 28 characters
-#   IMAGE         made from launch/Dockerfile, with a tag other than latest
-#   CLUSTER       as xpk knows it
-#   TYPE          a TPU such as v5litepod-16 or v6e-64, or a GPU device type such as h100-mega-80gb-8
-#   COUNT=1       so many slices of TPUs, or nodes with GPUs
-#   STORAGE=runs  the storage that xpk mounts at /runs, where the run's folder is
-#   PROJECT, ZONE, PRIORITY   as xpk has them by default
-#   SPOT=1        machines that can be taken away; others by default
+#   NAME          name of the workload: a-z, 0-9 and -, at most 28 characters
+#   IMAGE         image built from launch/Dockerfile, with a tag other than latest
+#   CLUSTER       name of the cluster
+#   TYPE          TPU type such as v5litepod-16 or v6e-64, or GPU type such as h100-mega-80gb-8
+#   COUNT=1       number of TPU slices or GPU nodes
+#   STORAGE=runs  storage that xpk mounts at /runs, which has the run's folder
+#   PROJECT, ZONE, PRIORITY   xpk's defaults if not set
+#   SPOT=1        use spot machines; on-demand machines by default
 #   MAX_RESTARTS=50
-#   DRY_RUN=1     print the commands only
+#   DRY_RUN=1     only print the commands
 #
-# The folder of the run is /runs/NAME, unless --workdir is given. The same command again goes on: a workload of that name which
-# has ended is deleted first, one that runs is left alone. xpk restarts a workload on exit codes 127 to 255, here on 1 too,
-# and on no other: 2, bad input, ends it.
+# The run's folder is /runs/NAME, unless you pass --workdir. Run the same command again to resume:
+# it first deletes a finished workload of that name, and leaves a running one alone. xpk restarts a
+# workload only on exit codes 127 to 255 and, as set here, 1. Exit code 2, bad input, ends it.
 set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -45,11 +46,11 @@ fi
 [[ "$SPOT" == 0 ]] || machines+=(--spot)
 [[ -z "${PRIORITY:-}" ]] || machines+=(--priority="$PRIORITY")
 
-given workdir "$@" || set -- "$@" --workdir="/runs/$NAME"
-# xpk runs the command in a shell and passes SIGTERM to that shell: exec, so that it is the trainer that gets it.
+has_flag workdir "$@" || set -- "$@" --workdir="/runs/$NAME"
+# xpk runs the command in a shell and sends SIGTERM to that shell: with exec, the trainer gets it.
 command="exec python -m jaxpeft.train$(printf ' %q' "$@")"
 
-# The table that xpk prints has the name in its first column.
+# The first column of xpk's table is the name.
 if ! dry && xpk workload list "${where[@]}" --filter-by-job="^$NAME\$" --filter-by-status=FINISHED |
   awk -v name="$NAME" '$1 == name { found = 1 } END { exit !found }'; then
   xpk workload delete "${where[@]}" --workload="$NAME" --force

@@ -294,7 +294,7 @@ def test_a_job_that_has_ended_is_deleted_first(state: str, verbs: list[str], stu
         ("tpu", {"NAME": ""}, "NAME=: is not 1 to 28 characters"),
         ("tpu", {"NAME": "x" * 29}, "is not 1 to 28 characters"),
         ("tpu", {"IMAGE": "jaxpeft"}, "IMAGE=jaxpeft: is not an image with a tag"),
-        ("gpu", {"IMAGE": "jaxpeft:latest"}, "latest is not the same image after a restart"),
+        ("gpu", {"IMAGE": "jaxpeft:latest"}, "latest may be another image after a restart"),
         (
             "gpu",
             {"IMAGE": "localhost:5000/jaxpeft"},
@@ -304,12 +304,12 @@ def test_a_job_that_has_ended_is_deleted_first(state: str, verbs: list[str], stu
         (
             "tpu",
             {"TOPOLOGY": "3x3"},
-            "TOPOLOGY=3x3: has 9 chips, which hosts of CHIPS=4 do not divide",
+            "TOPOLOGY=3x3: has 9 chips, not a multiple of CHIPS=4 per host",
         ),
         ("tpu", {"SLICES": "0"}, "SLICES=0: is not a count"),
         ("gpu", {"NODES": "two"}, "NODES=two: is not a count"),
         ("gpu", {"CLAIM": "a b"}, "CLAIM=a b: is not the name of a claim"),
-        ("cpu", {}, "cpu: is neither tpu nor gpu"),
+        ("cpu", {}, "cpu: is not tpu or gpu"),
     ],
 )
 def test_bad_input_is_refused(kind: str, change: dict[str, str], said: str, stubs: Stubs) -> None:
@@ -340,7 +340,9 @@ def test_a_topology_and_what_else_is_wrong_are_said_at_once(stubs: Stubs) -> Non
 @pytest.mark.parametrize("name", [["--name", "x"], ["--name=x"], ["-name=x"]])
 def test_a_folder_in_the_container_is_refused(name: list[str], stubs: Stubs) -> None:
     done = bash(JOBSET, "gpu", *RUN, *name, env=stubs.environment(**GPU, DRY_RUN="1"))
-    assert done.returncode == 2 and "jobset.sh: --name: would not be on the store" in done.stderr
+    assert (
+        done.returncode == 2 and "jobset.sh: --name: its folder is not on the store" in done.stderr
+    )
 
 
 def test_a_workdir_that_is_given_stays(stubs: Stubs) -> None:

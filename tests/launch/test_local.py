@@ -129,7 +129,7 @@ def test_who_does_not_end_is_killed_after_the_grace(stubs: Stubs, tmp_path: Path
     began = time.monotonic()
     done = bash(LOCAL, "--config", "a.py", env=env)
     assert done.returncode == 7 and time.monotonic() - began < 8
-    assert "process 0 of 2 ended with code 7; the others have 1 s to end" in done.stderr
+    assert "process 0 of 2 exited with code 7; the other processes have 1 s to exit" in done.stderr
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -180,7 +180,10 @@ def test_failures_are_tried_again_so_many_times(stubs: Stubs, tmp_path: Path) ->
     trainer(stubs, tmp_path, "exit 1")
     tries = [run_part("run", stubs, tmp_path, MAX_RESTARTS="2") for _ in range(3)]
     assert [done.returncode for done in tries] == [AGAIN, AGAIN, 1]
-    assert "failed with code 1 after 2 restarts; to go on: the same sky command" in tries[-1].stderr
+    assert (
+        "failed with code 1 after 2 restarts; to resume, run the same sky command"
+        in tries[-1].stderr
+    )
     # another job of the same run, and another node of this one, count for themselves
     assert (
         run_part("run", stubs, tmp_path, MAX_RESTARTS="2", SKYPILOT_TASK_ID="sky-2").returncode

@@ -192,7 +192,10 @@ def test_a_script_that_requeues_bad_input_would_be_noticed(stubs: Stubs, tmp_pat
 def test_a_requeue_that_slurm_refuses_is_said(stubs: Stubs) -> None:
     done = job(stubs, "exit 143", scontrol="exit 1")
     assert done.returncode == 143
-    assert "slurm.sbatch: SLURM refuses that; to go on: the same sbatch command" in done.stderr
+    assert (
+        "slurm.sbatch: SLURM refused to requeue the job; to resume, run the same sbatch command"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize("restarts", ["abc", "08", "-1"])

@@ -79,7 +79,7 @@ def test_what_is_printed_is_what_is_called(stubs: Stubs) -> None:
         ({"TYPE": ""}, ["create"], "TYPE=: is not an accelerator type"),
         ({"IMAGE": ""}, ["setup"], "IMAGE=: is not an image with a tag"),
         ({"IMAGE": "foo"}, ["run", *RUN], "IMAGE=foo: is not an image with a tag"),
-        ({"IMAGE": "foo:latest"}, ["keep", *RUN], "IMAGE=foo:latest: latest is not the same image"),
+        ({"IMAGE": "foo:latest"}, ["keep", *RUN], "IMAGE=foo:latest: latest may be another image"),
         ({"STORE": ""}, ["keep", *RUN], "STORE=: is not gs://BUCKET or HOST:/PATH"),
         (
             {"STORE": "s3://bucket"},
@@ -88,13 +88,17 @@ def test_what_is_printed_is_what_is_called(stubs: Stubs) -> None:
         ),
         ({"SPOT": "no"}, ["create"], "SPOT=no: is not 0 or 1"),
         ({"EVERY": "1m"}, ["keep", *RUN], "EVERY=1m: is not a number of seconds"),
-        ({}, ["keep", *RUN, "--name=x"], "--name: would not be on the store"),
+        ({}, ["keep", *RUN, "--name=x"], "--name: its folder is not on the store"),
         ({"NAME": "Llama_1"}, ["create"], "NAME=Llama_1: is not 1 to 28 characters"),
         ({"NAME": "a" * 29}, ["create"], "is not 1 to 28 characters"),
         ({"SLICES": "none"}, ["create"], "SLICES=none: is not a count"),
-        ({}, ["run"], "--config: is not given"),
-        ({}, ["keep"], "--config: is not given"),
-        ({}, ["start"], "start: is none of create, setup, run, status, logs, stop, delete, keep"),
+        ({}, ["run"], "--config: is missing"),
+        ({}, ["keep"], "--config: is missing"),
+        (
+            {},
+            ["start"],
+            "start: is not one of create, setup, run, status, logs, stop, delete, keep",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_called(
@@ -129,7 +133,7 @@ def test_help_is_the_head_of_the_file(stubs: Stubs) -> None:
     done = bash(TPU_VM, "--help", env=stubs.environment())
     assert (
         done.returncode == 0
-        and done.stdout.startswith("Trains on Cloud TPU VMs")
+        and done.stdout.startswith("Train on Cloud TPU VMs")
         and "set -euo" not in done.stdout
     )
 
@@ -234,7 +238,7 @@ def test_a_keep_that_answers_for_an_earlier_command_would_be_noticed(
     before: str, stubs: Stubs, tmp_path: Path
 ) -> None:
     requests, hosts, *_ = KEEP[before]
-    hasty = mutated(TPU_VM, "started=no told", "started=yes told", tmp_path)
+    hasty = mutated(TPU_VM, "started=no unknown", "started=yes unknown", tmp_path)
     assert kept(hasty, requests, hosts, stubs, tmp_path)[1] == []
 
 
@@ -283,10 +287,7 @@ def test_a_state_that_is_not_known_is_said_once(stubs: Stubs, tmp_path: Path) ->
     ]
     code, _, said = kept(TPU_VM, [*waiting, "ODD", "ODD", "ACTIVE"], [R, D], stubs, tmp_path)
     assert code == 0
-    assert (
-        said == 'tpu_vm.sh: the request is in a state that is not known here, "ODD"; waiting for'
-        " another\n"
-    )
+    assert said == 'tpu_vm.sh: unknown state of the request: "ODD"; waiting for it to change\n'
 
 
 def test_keep_ends_if_the_request_is_refused(stubs: Stubs) -> None:
@@ -457,7 +458,7 @@ def test_the_same_command_is_left_alone_and_another_refused(stubs: Stubs, tmp_pa
     host(stubs, tmp_path, "run", IMAGE, *RUN)
     stubs.log.unlink()
     same = host(stubs, tmp_path, "run", IMAGE, *RUN, LOAD="loaded", ACTIVE="active")
-    assert (same.returncode, same.stdout) == (0, "jaxpeft: runs already\n")
+    assert (same.returncode, same.stdout) == (0, "jaxpeft: already running\n")
     other = host(stubs, tmp_path, "run", IMAGE, "--config", "b.py", LOAD="loaded", ACTIVE="active")
     assert other.returncode == 2 and "another command is running; stop it first" in other.stderr
     assert all(call[1] == "show" for call in stubs.calls() if call[0] == "systemctl")
@@ -488,7 +489,7 @@ def test_a_store_of_another_kind_is_refused(stubs: Stubs, tmp_path: Path) -> Non
     done = host(stubs, tmp_path, "setup", IMAGE, "s3://bucket")
     assert (
         done.returncode == 2
-        and "the store s3://bucket: is neither gs://BUCKET nor HOST:/PATH" in done.stderr
+        and "the store s3://bucket: is not gs://BUCKET or HOST:/PATH" in done.stderr
     )
 
 
