@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import jaxpeft
 from jaxpeft.command.parser import HELP
 from jaxpeft.command.verbs import VERBS, command_line
 from jaxpeft.errors import nearest, shorten
@@ -19,6 +20,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in HELP:
         sys.stdout.write(_listing())
+        return 0
+    if words[0] == "--version":
+        sys.stdout.write(f"jaxpeft {jaxpeft.__version__}\n")
         return 0
     name, *rest = words
     if name not in VERBS:
@@ -39,7 +43,7 @@ def _listing() -> str:
             "",
             *lines,
             "",
-            "Run `jaxpeft COMMAND --help` for details.",
+            "Run `jaxpeft COMMAND --help` for details, `jaxpeft --version` for the version.",
             "",
         ]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib.util
+import json
 import logging
 import re
 import typing
@@ -20,6 +21,7 @@ from jaxpeft.config.data_config import ESCAPED
 from jaxpeft.config.literals import read_value
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.core.method import Method
+from jaxpeft.core.option_docs import default_of
 from jaxpeft.core.options import ALIASES, Reader, hints_of, parse, resolve_aliases, unknown_option
 from jaxpeft.errors import ConfigError, nearest, shorten, show
 from jaxpeft.methods import METHODS
@@ -44,9 +46,15 @@ def defaults(method: str = "lora") -> ml_collections.ConfigDict:
             f"method.name: {show(method)} is not a method{nearest(method, METHODS)} (known:"
             f" {', '.join(METHODS)})"
         )
-    plain = as_dict(dataclasses.replace(Config(), method=METHODS[method]()))
+    plain = as_dict(Config()) | {"method": _default_options(METHODS[method])}
     # wrong types and names are reported with all other problems of the file, not at their line
     return ml_collections.ConfigDict(plain, type_safe=False)
+
+
+def _default_options(cls: type[Method]) -> dict[str, Any]:
+    """Return the defaults of a method's options, those included that a config must set."""
+    fields = {field.name: default_of(field) for field in dataclasses.fields(cls) if field.init}
+    return json.loads(json.dumps({"name": cls.name, **fields}))
 
 
 def load(path: str | Path, overrides: Sequence[tuple[str, str]] = ()) -> Config:
@@ -144,13 +152,15 @@ def _execute(path: Path) -> dict[str, Any]:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        returned: object = module.get_config()
+        returned: object = module.get_config() if hasattr(module, "get_config") else None
         config = returned.to_dict() if isinstance(returned, ml_collections.ConfigDict) else returned
     except (Exception, SystemExit) as error:
         raise ConfigError(
             f"{path}{_line_of(error, path)}: {type(error).__name__}:"
             f" {shorten(' '.join(str(error).split()), 400)}"
         ) from error
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path}: defines no get_config(); return the config from it")
     if not isinstance(config, dict):
         raise ConfigError(
             f"{path}: get_config() must return a ConfigDict, returns a {type(config).__name__}"

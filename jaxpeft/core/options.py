@@ -341,7 +341,7 @@ def _convert_tuple(
     if not isinstance(value, (list, tuple)):
         return value, [
             (
-                f"{where}: must be a list of {_words(item_hint)}, is {show(value)}"
+                f"{where}: must be a list of {_words(item_hint, plural=True)}, is {show(value)}"
                 f" ({type(value).__name__})"
             )
         ]
@@ -422,12 +422,18 @@ def _text_fault(value: str, where: str) -> list[str]:
     )
 
 
-def _words(hint: Any) -> str:
+_PLURALS = {int: "integers", float: "numbers", str: "strings"}
+
+
+def _words(hint: Any, *, plural: bool = False) -> str:
     """Return the name of a type for messages."""
+    if plural and hint in _PLURALS:
+        return _PLURALS[hint]
     if get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_words(choice) for choice in get_args(hint))
     if get_origin(hint) is tuple:
-        return f"a list of {_words(get_args(hint)[0])}"
+        items = _words(get_args(hint)[0], plural=True)
+        return f"lists of {items}" if plural else f"a list of {items}"
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, get_args(hint)))
     names = {

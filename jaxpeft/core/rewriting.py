@@ -243,10 +243,12 @@ def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
         )
     mask = [(path, _trains(method, path, params, leaf)) for path, leaf in leaves]
     if not any(flag for _, flag in mask):
-        raise ConfigError(
-            f"method {method.name!r} has no trainable parameters: the model has no head and the"
-            " method adds no leaves"
+        why = (
+            "the tree has none of its leaves; rewrite the base with it first"
+            if any(part.leaves.trained for part in method.parts())
+            else "the model has no head, and none of the leaves that the method trains"
         )
+        raise ConfigError(f"method {method.name!r} has no trainable parameters: {why}")
     return paths.build(mask)
 
 

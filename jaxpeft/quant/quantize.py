@@ -18,7 +18,7 @@ from jaxpeft.core.expressions import find_expression_fault
 from jaxpeft.core.options import take_aliases
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import ALL_LINEAR, Site, Targets
-from jaxpeft.errors import ConfigError, nearest
+from jaxpeft.errors import ConfigError, nearest, show
 from jaxpeft.kernels import QUANTIZED
 
 _log = logging.getLogger(__name__)
@@ -64,6 +64,11 @@ class Quant:
             entries: Any = getattr(self, field)
             if isinstance(entries, list):
                 object.__setattr__(self, field, entries := tuple(cast("list[Any]", entries)))
+            names = (entries,) if isinstance(entries, str) else entries
+            if not isinstance(names, tuple) or not all(isinstance(one, str) for one in names):
+                raise ConfigError(
+                    f"quant_{field}: must be a string or a list of strings, is {show(entries)}"
+                )
             broken = (
                 find_expression_fault(entries)
                 if isinstance(entries, str) and not targets.is_keyword(entries)

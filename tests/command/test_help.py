@@ -8,6 +8,7 @@ import tomllib
 
 import pytest
 
+import jaxpeft
 from jaxpeft import __main__ as package
 from jaxpeft.command.options_page import page
 from jaxpeft.command.verbs import VERBS, command_line
@@ -110,3 +111,8 @@ def test_the_console_script_is_the_package_s_main() -> None:
 def test_the_page_of_options_is_what_the_code_says() -> None:
     written = (ROOT / "docs" / "options.md").read_text()
     assert written == page(), "run: python -m jaxpeft.command.options_page > docs/options.md"
+
+
+def test_the_package_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert package.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"jaxpeft {jaxpeft.__version__}\n"

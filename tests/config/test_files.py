@@ -296,3 +296,12 @@ def test_a_file_without_a_method_takes_the_default(tmp_path: Path) -> None:
 def test_a_folder_in_place_of_a_file_is_told_with_its_files(file: Path) -> None:
     with pytest.raises(ConfigError, match=r"a folder; give one of its files: mine\.py"):
         configs.load(file.parent)
+
+
+def test_a_python_file_without_get_config_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.py"
+    path.write_text("config = {}\n")
+    with pytest.raises(
+        ConfigError, match=r"config.py: defines no get_config\(\); return the config"
+    ):
+        configs.load(path)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -179,3 +180,38 @@ def test_a_name_near_the_one_that_is_missing_is_offered(tmp_path: Path) -> None:
         configs.load(tmp_path / "swep.yaml")
     with pytest.raises(ConfigError, match=r"a folder; give one of its files: sweep\.yaml"):
         configs.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("mixed", {"methods": [{"name": "lora", "rank": 4}, {"name": "bitfit"}]}),
+        ("trainable_tokens", {"tokens": [5, 6]}),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.yaml", "a.json", "a.py"])
+def test_a_method_with_an_option_that_must_be_set(
+    tmp_path: Path, name: str, method: str, options: dict[str, Any]
+) -> None:
+    values = {
+        "model": {"path": "m"},
+        "data": {"train": "t"},
+        "train": {"steps": 1},
+        "method": {"name": method, **options},
+    }
+    text = json.dumps(values)
+    if name == "a.py":
+        text = (
+            "from jaxpeft.config import defaults\ndef get_config():\n"
+            f"    config = defaults({method!r})\n    config.update({values!r})\n    return config\n"
+        )
+    made = configs.load(written(tmp_path, name, text)).method.as_dict()
+    key, value = next(iter(options.items()))
+    if method == "mixed":
+        assert [part["name"] for part in made["methods"]] == ["lora", "bitfit"]
+        assert made["methods"][0]["rank"] == 4
+    else:
+        assert list(made[key]) == value
+    empty = written(tmp_path, "b.json", json.dumps({**values, "method": {"name": method}}))
+    with pytest.raises(ConfigError, match=f"config.method.{key}: "):
+        configs.load(empty)

@@ -210,3 +210,9 @@ def test_it_is_written_as_it_is_given() -> None:
     assert str(jaxpeft.Quant("nf4")) == "'nf4'"
     how = jaxpeft.Quant("int4", exclude=("pooler.dense",), group=32)
     assert eval(str(how), {"jaxpeft": jaxpeft}) == how
+
+
+@pytest.mark.parametrize("targets", [3, ("q_proj", 1), {"q_proj": 1}])
+def test_targets_that_are_no_strings_are_refused(targets: Any) -> None:
+    with pytest.raises(ConfigError, match="quant_targets: must be a string or a list of strings"):
+        jaxpeft.Quant("nf4", targets)

@@ -269,3 +269,11 @@ def test_a_sharded_base_gives_the_unsharded_numbers() -> None:
 
     run = jax.jit(lambda p: jaxpeft.apply(model, p, IDS))
     np.testing.assert_allclose(run(paths.map_with_path(place, params)), run(params), atol=1e-5)
+
+
+def test_a_mask_before_the_rewriting_says_what_is_missing() -> None:
+    tree = {"layers": {"0": {"proj": {"kernel": jnp.ones((2, 2))}}}}
+    with pytest.raises(
+        ConfigError, match=r"'lora' has no trainable parameters: .*rewrite the base"
+    ):
+        jaxpeft.trainable_mask(jaxpeft.LoRA(rank=2), tree)
