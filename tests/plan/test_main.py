@@ -213,7 +213,7 @@ def test_every_strategy_on_a_cpu(tmp_path):
     talk = [one for one in rows["replicated"]["collectives"] if one["kind"] == "all-reduce"]
     assert sum(one["nbytes"] for one in talk) == pytest.approx(4 * found["trained"], rel=0.1)
     assert "best: " in printed
-    assert "memory in GiB of one device" in printed
+    assert "memory in GiB per device" in printed
 
 
 def test_a_gpu_that_is_not_there_is_planned_by_arithmetic(tmp_path):
