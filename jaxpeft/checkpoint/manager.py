@@ -225,7 +225,7 @@ class Checkpoints:
             items["best"] = ocp.args.StandardRestore(_abstract(best))
         if fixed:
             items["fixed"] = ocp.args.StandardRestore(_abstract(dict(fixed)))
-        with self._reading(step):
+        with self._report_damage(step):
             restored: Any = self._manager.restore(step, args=ocp.args.Composite(**items))
         return (
             restored["state"],
@@ -234,7 +234,7 @@ class Checkpoints:
         )
 
     @contextmanager
-    def _reading(self, step: int) -> Generator[None]:
+    def _report_damage(self, step: int) -> Generator[None]:
         try:
             yield
         except (ValueError, KeyError, TypeError, OSError) as error:

@@ -214,11 +214,11 @@ def _repeatable(module: nn.Module, run: Callable[..., Any]) -> Callable[..., Any
     """Make a method of a Linen module callable more than once, by rewinding the scope's names."""
     runs = 0
 
-    def again(*args: Any, **kwargs: Any) -> Any:
+    def repeat(*args: Any, **kwargs: Any) -> Any:
         nonlocal runs
         if runs and module.scope is not None:
             object.__setattr__(module, "scope", module.scope.rewound())
         runs += 1
         return run(*args, **kwargs)
 
-    return again
+    return repeat

@@ -148,7 +148,7 @@ def _adapted_class(cls: type) -> type:
     It is created only once per class, because NNX and JAX cache data about each class forever.
     """
 
-    def computed(name: str) -> Callable[..., Any]:
+    def make_method(name: str) -> Callable[..., Any]:
         @functools.wraps(getattr(cls, name))
         def call(self: Any, *args: Any, **kwargs: Any) -> Any:
             hooks, key = _ACTIVE.get()
@@ -157,7 +157,7 @@ def _adapted_class(cls: type) -> type:
 
         return call
 
-    own = {name: computed(name) for name in ("__call__", "attend", "join") if hasattr(cls, name)}
+    own = {name: make_method(name) for name in ("__call__", "attend", "join") if hasattr(cls, name)}
     return type(f"Adapted{cls.__name__}", (cls,), own)
 
 

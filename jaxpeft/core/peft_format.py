@@ -88,7 +88,7 @@ class PeftFormat(Generic[M]):
         """
         del method, site
         return {
-            self.tensors[key]: self._transposed(key, leaf)
+            self.tensors[key]: self._transpose(key, leaf)
             for key, leaf in leaves.items()
             if key in self.tensors
         }
@@ -104,7 +104,7 @@ class PeftFormat(Generic[M]):
         """
         del method, site
         held = {
-            key: self._transposed(key, tensors[name])
+            key: self._transpose(key, tensors[name])
             for key, name in self.tensors.items()
             if name in tensors
         }
@@ -125,7 +125,7 @@ class PeftFormat(Generic[M]):
         """Return the tensors of the leaves at the root, by name."""
         del method
         return {
-            self.root_tensors[key]: self._transposed(key, leaf)
+            self.root_tensors[key]: self._transpose(key, leaf)
             for key, leaf in leaves.items()
             if key in self.root_tensors
         }
@@ -134,13 +134,13 @@ class PeftFormat(Generic[M]):
         """Return the leaves at the root for packed tensors; the inverse of `pack_root`."""
         del method
         held = {
-            key: self._transposed(key, tensors[name])
+            key: self._transpose(key, tensors[name])
             for key, name in self.root_tensors.items()
             if name in tensors
         }
         return {**fresh, **held}
 
-    def _transposed(self, key: str, leaf: Any) -> Any:
+    def _transpose(self, key: str, leaf: Any) -> Any:
         """Convert between a leaf `[in, out]` and the tensor of a file `[out, in]`."""
         return leaf.T if leaf.ndim == 2 and key not in self.untransposed else leaf
 

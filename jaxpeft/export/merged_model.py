@@ -108,7 +108,7 @@ def fold(method: Method, params: Tree, outline: Outline, dtype: Any) -> float:
     sites = {site.path: site for site in targets.find_sites(params, targets.KINDS)}
     drift = _Drift()
 
-    def rounded(path: Path, exact: Any, before: Any) -> Any:
+    def round_leaf(path: Path, exact: Any, before: Any) -> Any:
         source = outline.plan.sources.get(path)
         leaf = exact.astype(own if dtype is not None or source is None else source.dtype)
         if leaf.dtype != exact.dtype and not bool(jnp.isfinite(leaf).all()):
@@ -137,7 +137,7 @@ def fold(method: Method, params: Tree, outline: Outline, dtype: Any) -> float:
         for key in names & node.keys():
             del node[key]
         for key in base:
-            node[key] = rounded(
+            node[key] = round_leaf(
                 (*module, key), exact.get(key, base[key]), base[key] if key in exact else None
             )
     return math.sqrt(drift.rounding / drift.change) if drift.change else 0.0

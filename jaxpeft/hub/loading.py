@@ -280,7 +280,7 @@ def _grow(outlined: Outline, vocab_size: int, quantized: Mapping[Path, Site]) ->
                 " adds tokens to it; exclude it"
             )
     return dataclasses.replace(
-        outlined, model=grown, abstract=wanted, plan=outlined.plan.grown(wanted)
+        outlined, model=grown, abstract=wanted, plan=outlined.plan.grow(wanted)
     )
 
 

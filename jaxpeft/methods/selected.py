@@ -52,7 +52,7 @@ class Selected(Targeted):
         ALL, "list of name suffixes, a regular expression, or 'all'"
     )
 
-    def wanted(self) -> Targets:
+    def target_options(self) -> Targets:
         """Return the target options; an entry that matches no site of the model selects nothing."""
         return self.where(self.usual_targets)
 
@@ -66,5 +66,8 @@ class Selected(Targeted):
         if path[-1] not in self.base_leaves or paths.is_head(path):
             return False
         return selects_leaf(
-            self.name, path, paths.get(params, path), lambda name: matches(name, self.wanted())
+            self.name,
+            path,
+            paths.get(params, path),
+            lambda name: matches(name, self.target_options()),
         )

@@ -136,9 +136,9 @@ class TrainableTokens(Targeted):
 def _with_logits(call: Call, logits: Any, rows: Any) -> Any:
     """Add the effect of the trained rows to the base's logits `[..., vocab]`."""
 
-    def added(leaves: Leaves, x: Any, plain: Any) -> Any:
+    def add_trained(leaves: Leaves, x: Any, plain: Any) -> Any:
         ids = leaves["token_ids"]
         change = x.astype(jnp.float32) @ (leaves["token_rows"] - rows[ids]).T
         return plain.at[..., ids].add(change.astype(plain.dtype))
 
-    return call.each(added, call.x, logits)
+    return call.each(add_trained, call.x, logits)

@@ -186,7 +186,7 @@ class ConfigReader:
         if self.get(key):
             self.problems.append(f"{key}: {show(self.get(key))} is not supported: {why}")
 
-    def quantized(self) -> None:
+    def check_quantization(self) -> None:
         """Record a problem if the checkpoint is quantized, except to NF4 by `bitsandbytes`."""
         found: Any = self.get("quantization_config")
         if not found:

@@ -140,17 +140,17 @@ def _backward(
             )
             return dq, (jnp.einsum("bhts,bhtd->bhsd", change, q), dv)
 
-        def nothing(dq: Array) -> tuple[Array, tuple[Array, Array]]:
+        def skip(dq: Array) -> tuple[Array, tuple[Array, Array]]:
             return dq, (jnp.zeros(part, k.dtype), jnp.zeros(part, v.dtype))
 
-        return blocks.when_visible(start, add, nothing, dq)
+        return blocks.when_visible(start, add, skip, dq)
 
     dq, (dk, dv) = jax.lax.scan(step, jnp.zeros(q.shape), blocks.starts)
 
-    def joined(parts: Array) -> Array:
+    def join(parts: Array) -> Array:
         return jnp.moveaxis(parts, 0, 2).reshape(*k.shape[:2], -1, k.shape[-1])[:, :, : k.shape[2]]
 
-    return dq.astype(q.dtype), joined(dk), joined(dv), None, None
+    return dq.astype(q.dtype), join(dk), join(dv), None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -211,14 +211,14 @@ class _Blocks:
             )
             * self.scale
         )
-        allowed = self._allowed(start)
+        allowed = self._allowed_pairs(start)
         scores = self.where(allowed, scores, _LOWEST)
         if self.all % self.size:  # exclude the padding of the last block from averages, too
             valid = start + jnp.arange(self.size, dtype=jnp.int32) < self.all
             scores = jnp.where(valid, scores, -jnp.inf)
         return scores, allowed
 
-    def _allowed(self, start: Array) -> Array | None:
+    def _allowed_pairs(self, start: Array) -> Array | None:
         parts: list[Array] = []
         keys = (start + jnp.arange(self.size, dtype=jnp.int32))[None, None, None, :]
         if self.mask.causal:

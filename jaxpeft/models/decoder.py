@@ -112,7 +112,7 @@ def read_config(
     """
     kind = config["model_type"]
     reader = ConfigReader(config, {**_DEFAULTS, **_OWN_DEFAULTS.get(kind, {})}, problems, where)
-    reader.quantized()
+    reader.check_quantization()
     layers = reader.integer("num_hidden_layers", most=MOST_LAYERS)
     heads, kv_heads, head_dim = _heads(reader)
     bias = reader.flag("attention_bias") and kind in ("llama", "qwen3")

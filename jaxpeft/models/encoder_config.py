@@ -80,7 +80,7 @@ def read_config(
     """
     kind = config["model_type"]
     reader = ConfigReader(config, _DEFAULTS[kind], problems, where)
-    reader.quantized()
+    reader.check_quantization()
     reader.refuse("is_decoder", "only encoders are supported")
     reader.refuse("add_cross_attention", "only encoders are supported")
     reader.refuse("pruned_heads", "all layers must have all heads")

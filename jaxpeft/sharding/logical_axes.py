@@ -65,11 +65,11 @@ def on_mesh(mesh: Mesh | None, fn: F) -> F:
         return fn
 
     @functools.wraps(fn)
-    def traced(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(NAMES):
             return fn(*args, **kwargs)
 
-    return traced  # pyright: ignore[reportReturnType]
+    return call  # pyright: ignore[reportReturnType]
 
 
 def mesh_of() -> AbstractMesh | None:

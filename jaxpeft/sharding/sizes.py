@@ -92,7 +92,7 @@ def sizes(
             f"mesh.slices: {mesh.slices} does not divide {devices} devices; set it to"
             f" {_or(nearest(near, mesh.slices))}"
         )
-    requested = _requested(mesh, devices, groups, heads)
+    requested = _requested_sizes(mesh, devices, groups, heads)
     explicit = {axis: size for axis, size in requested.items() if size != -1}
     used = math.prod(explicit.values())
     rest = next((axis for axis, size in requested.items() if size == -1), None)
@@ -128,11 +128,13 @@ def _or(values: list[int]) -> str:
 
 def known_sizes(mesh: MeshConfig) -> dict[str, int] | None:
     """Return the sizes if they do not depend on the devices, else None."""
-    requested = _requested(mesh, 0, 1, None)
+    requested = _requested_sizes(mesh, 0, 1, None)
     return None if -1 in requested.values() or 0 in requested.values() else requested
 
 
-def _requested(mesh: MeshConfig, devices: int, groups: int, heads: Heads | None) -> dict[str, int]:
+def _requested_sizes(
+    mesh: MeshConfig, devices: int, groups: int, heads: Heads | None
+) -> dict[str, int]:
     """Return the size of each axis, with -1 for at most one axis that takes the rest; if `devices`
     is 0, sizes that depend on it are 0.
     """

@@ -100,14 +100,14 @@ def _require_made_by(
     held = {path: leaf for path, leaf in paths.walk(params) if path[-1] in names}
     base = paths.build([(path, leaf) for path, leaf in paths.walk(params) if path not in held])
 
-    def rewritten() -> Tree:
+    def rewrite_again() -> Tree:
         tree = paths.build(list(paths.walk(base)))
         for part in method.parts():
             add_leaves(part, base, tree, jax.random.key(0), chosen_sites(part, base, sites))
         return tree
 
     wanted = {
-        path: leaf for path, leaf in paths.walk(jax.eval_shape(rewritten)) if path[-1] in names
+        path: leaf for path, leaf in paths.walk(jax.eval_shape(rewrite_again)) if path[-1] in names
     }
     fix = f"use the {method.name} that rewrote the tree, with the same options and targets"
     for path in sorted(held.keys() | wanted.keys()):

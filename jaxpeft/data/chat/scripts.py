@@ -331,7 +331,7 @@ def _find_marks(
     turn_mark, content_mark, call_mark, reasoning_mark, tool_mark = marks
     # the template may look for a tool's name, or for a flag at the end of a turn: then retry with
     # fewer marks in other positions
-    for place, name in ((_before_last, _before_first), (_before_first, _unmarked)):
+    for place, name in ((_before_last, _before_first), (_before_first, _remove_mark)):
         messages: list[Message] = []
         for i, message in enumerate(dialog.messages[: cut[0]]):
             if i in answers:
@@ -352,7 +352,7 @@ def _find_marks(
         if plain == text:
             return (
                 _MarkPositions(*positions)
-                if name is not _unmarked
+                if name is not _remove_mark
                 else _MarkPositions(*positions)._replace(calls=[*range(len(text))], tools=[0])
             )
     raise RenderError(
@@ -427,7 +427,7 @@ def _before_first(text: str, mark: str) -> str:
     return f"{text[:at]}{mark}{text[at:]}" if text.strip() else text
 
 
-def _unmarked(text: str, mark: str) -> str:
+def _remove_mark(text: str, mark: str) -> str:
     return text
 
 
@@ -487,7 +487,7 @@ def _has_string_arguments(call: Mapping[str, Any]) -> bool:
 
 
 def _with_arguments(message: Message, change: Callable[[str], Any]) -> Message:
-    def changed(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    def with_arguments(call: Mapping[str, Any]) -> Mapping[str, Any]:
         if not _has_string_arguments(call):
             return call
         inner = call.get("function") or call
@@ -495,4 +495,4 @@ def _with_arguments(message: Message, change: Callable[[str], Any]) -> Message:
         return {**call, "function": inner} if call.get("function") else inner
 
     calls = message.get("tool_calls")
-    return {**message, "tool_calls": [changed(call) for call in calls]} if calls else message
+    return {**message, "tool_calls": [with_arguments(call) for call in calls]} if calls else message

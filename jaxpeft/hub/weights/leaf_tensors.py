@@ -44,7 +44,7 @@ class WeightPlan:
         default_factory=dict[Path, Mapping[str, LeafSource]]
     )
 
-    def grown(self, abstract: Tree) -> WeightPlan:
+    def grow(self, abstract: Tree) -> WeightPlan:
         """Return the plan with rows for added tokens, initialized to the mean of the existing ones.
 
         Args:
