@@ -116,7 +116,7 @@ class Method:
 
     @property
     def fresh_is_base(self) -> bool:
-        """Whether a fresh adapter leaves every output bit-identical."""
+        """Whether a fresh adapter leaves every output bit-identical, operation by operation."""
         return True
 
     # ---------------------------------------------------------------------------------------- sites
