@@ -27,11 +27,9 @@ from jaxpeft.errors import ConfigError
 from jaxpeft.export import merged_model
 from jaxpeft.export.probe import ROWS, TOLERANCE, gap_of, logits, require_equal
 from jaxpeft.export.request import (
-    AdapterFolder,
     ExportRequest,
     outline_of,
     quant_of,
-    read_adapter,
     reads_elsewhere,
     require_free,
     require_mergeable,
@@ -39,6 +37,7 @@ from jaxpeft.export.request import (
     require_unmerged,
 )
 from jaxpeft.hub import loading
+from jaxpeft.hub.adapters.adapter_folder import AdapterFolder, read_adapter
 from jaxpeft.hub.adapters.folder_layout import CONFIG
 from jaxpeft.hub.adapters.layouts import LAYOUTS
 from jaxpeft.hub.adapters.load import check_base, load_adapter

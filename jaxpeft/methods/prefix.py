@@ -192,11 +192,11 @@ def _keys_and_values(run: Any, ids: Any) -> jax.Array:
     """Compute the keys, rotated, and values of each layer for a row of tokens: float32
     `[n, layers, 2, w]`.
     """
-    from jaxpeft.core import paths
-    from jaxpeft.core.tree import stack_layers
     from jaxpeft.models.base import PAST
+    from jaxpeft.models.kv_cache import read_keys
 
     _, kept = jax.jit(lambda base, ids: run.apply(base, ids, mutable=[PAST]))(run.base, ids[None])
-    stacked = stack_layers(paths.map_with_path(lambda _, sown: sown[0], kept[PAST]))
-    ((_, past),) = paths.walk(stacked)
-    return jnp.transpose(past[:, :, 0], (2, 0, 1, 3)).astype(jnp.float32)
+    both = [jnp.stack([*each]) for each in read_keys(kept[PAST])]
+    past = jnp.stack(both, axis=1)[:, :, 0]  # [layers, 2, kv_heads, n, d]
+    past = jnp.transpose(past, (3, 0, 1, 2, 4)).astype(jnp.float32)
+    return past.reshape(*past.shape[:3], -1)

@@ -57,6 +57,7 @@ def attend(
     v: Array,
     mask: Mask,
     dropout_rate: float = 0.0,
+    cached: tuple[Array, Array] | None = None,
 ) -> Array:
     """Scaled dot-product attention; several query heads may share a key head (Ainslie et al. 2023).
 
@@ -68,10 +69,14 @@ def attend(
         v: `[batch, key, kv_heads, d]`.
         mask: the mask; a query with no visible key yields an average, not NaN.
         dropout_rate: dropout rate of the attention weights.
+        cached: keys and values `[batch, kv_heads, slots, d]` of a KV cache, before `k` and `v` in
+            the mask's order; or None.
 
     Returns:
         `[batch, query, heads * d]`.
     """
+    if cached is not None:
+        return _with_cache(q, k, v, mask, *cached).reshape(*q.shape[:2], -1)
     rate = dropout_rate if module.has_rng("dropout") else 0.0
     spread = size_of(SEQUENCE) > 1
     if spread and kernel != "xla":
@@ -120,6 +125,30 @@ def _xla(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array
         scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     weights = drop(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
     out = jnp.einsum("bhts,bhsd->bhtd", weights.reshape(batch, kv_heads, -1, keys), v)
+    return jnp.swapaxes(out.reshape(batch, heads, length, d), 1, 2)
+
+
+def _with_cache(
+    q: Array, k: Array, v: Array, mask: Mask, old_keys: Array, old_values: Array
+) -> Array:
+    """Attend to the keys of a KV cache and of the call, without joining them in memory."""
+    batch, length, heads, d = q.shape
+    kv_heads, slots = old_keys.shape[1:3]
+    q, k, v = (jnp.swapaxes(array, 1, 2) for array in (q, k, v))
+    q = q.reshape(batch, kv_heads, heads // kv_heads * length, d)
+    scores = jnp.concatenate(
+        [
+            jnp.einsum("bhtd,bhsd->bhts", q, keys, preferred_element_type=jnp.float32)
+            for keys in (old_keys, k)
+        ],
+        axis=-1,
+    ) * (d**-0.5)
+    scores = scores.reshape(batch, heads, length, -1)
+    scores = jnp.where(mask.to_array(length), scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    weights = weights.reshape(batch, kv_heads, -1, weights.shape[-1])
+    out = jnp.einsum("bhts,bhsd->bhtd", weights[..., :slots], old_values)
+    out += jnp.einsum("bhts,bhsd->bhtd", weights[..., slots:], v)
     return jnp.swapaxes(out.reshape(batch, heads, length, d), 1, 2)
 
 

@@ -28,6 +28,7 @@ from jaxpeft.models.base import (
     option_problems,
     with_pooling,
 )
+from jaxpeft.models.kv_cache import Cache, sow_positions
 from jaxpeft.models.layers import (
     RMSNorm,
     dense,
@@ -211,7 +212,14 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, residual: Array, past: Array | None, cos: Array, sin: Array, mask: Mask
+        self,
+        x: Array,
+        residual: Array,
+        past: Array | None,
+        cached: tuple[Array, Array] | None,
+        cos: Array,
+        sin: Array,
+        mask: Mask,
     ) -> Array:
         """Attend, and add the result to the residual stream.
 
@@ -219,6 +227,7 @@ class Attention(nn.Module):
             x: `[batch, length, d]`.
             residual: `x` before the norm.
             past: keys and values of virtual positions, see `Virtual`.
+            cached: keys and values of earlier tokens, see `Cache`.
             cos: cosines of the rotation angles.
             sin: sines of the rotation angles.
             mask: the attention mask.
@@ -240,7 +249,7 @@ class Attention(nn.Module):
             k = RMSNorm(c.rms_norm_eps, self.options.dtype, name="k_norm")(k)
         q, k = mark_product(rope.rotate(q, cos, sin)), mark_product(rope.rotate(k, cos, sin))
         k, v = prepend_virtual(self, past, k, mark_product(v))
-        out = attend(self, self.options.attention, q, k, v, mask, c.attention_dropout)
+        out = attend(self, self.options.attention, q, k, v, mask, c.attention_dropout, cached)
         o_proj = residual_dense(c.hidden_size, "o_proj", self.options, bias=c.output_bias)
         return mark_product(constrain(o_proj.join(o_proj(out), residual), BATCH, LENGTH, HIDDEN))
 
@@ -277,7 +286,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x: Array,
-        per_layer: tuple[Array | None, Array | None],
+        per_layer: tuple[Array | None, Array | None, tuple[Array, Array] | None],
         cos: Array,
         sin: Array,
         mask: Mask,
@@ -287,20 +296,21 @@ class Block(nn.Module):
 
         Args:
             x: `[batch, length, d]`.
-            per_layer: its window, an int32 scalar (0 for no limit), and its past.
+            per_layer: its window, an int32 scalar (0 for no limit), its past, and its cached keys
+                and values.
             cos: cosines of the rotation angles.
             sin: sines of the rotation angles.
             mask: the attention mask.
             places: `[batch or 1, key]`, positions for the windows; None without windows.
         """
         c, options = self.config, self.options
-        x, (window, past) = mark_input(x), per_layer
+        x, (window, past, cached) = mark_input(x), per_layer
         if window is not None and places is not None:
             queries = places[:, -x.shape[1] :]
             near = (queries[:, None, :, None] - places[:, None, None, :] < window) | (window == 0)
             mask = mask.restrict(near)
         h = RMSNorm(c.rms_norm_eps, options.dtype, name="input_layernorm")(x)
-        x = Attention(c, options, name="self_attn")(h, x, past, cos, sin, mask)
+        x = Attention(c, options, name="self_attn")(h, x, past, cached, cos, sin, mask)
         h = RMSNorm(c.rms_norm_eps, options.dtype, name="post_attention_layernorm")(x)
         return FeedForward(c, options, name="mlp")(h, x), None
 
@@ -328,32 +338,35 @@ class DecoderBackbone(Pretrained):
         position_ids: Array | None = None,
         segment_ids: Array | None = None,
         virtual: Virtual = Virtual(),  # noqa: B008 - frozen
+        cache: Cache | None = None,
     ) -> Array:
         """Return the hidden states after the final norm, `[batch, length, d]`.
 
-        `token_type_ids` are ignored.
+        `token_type_ids` are ignored. With a `cache`, the tokens follow those of earlier calls, and
+        `position_ids` are their positions.
         """
         del token_type_ids
         c, options = self.config, self.options
         batch, length = input_ids.shape
         where = positions(segment_ids, batch, length) if position_ids is None else position_ids
-        cos, sin = rope.tables(
-            c.rope, c.head_dim, c.max_position_embeddings, virtual.positions(where)
-        )
+        virtual = virtual if cache is None else virtual.after_prompt()
+        rotated = virtual.positions(where)
+        cos, sin = rope.tables(c.rope, c.head_dim, c.max_position_embeddings, rotated)
         # the attention kernel handles a window that is the same in all layers, without virtual
         # tokens
-        window = (
-            c.windows[0]
-            if c.windows is not None and len(set(c.windows)) == 1 and not virtual.count
-            else 0
-        )
+        alike = c.windows is not None and len(set(c.windows)) == 1
+        window = c.windows[0] if alike and not virtual.count and cache is None else 0
         windows = None if c.windows is None or window else jnp.asarray(c.windows, jnp.int32)
-        places = None if windows is None else virtual.places(segment_ids, length)
-        padding = None if options.right_padded else attention_mask
-        mask = virtual.mask(make_mask(padding, segment_ids, causal=True, window=window), length)
-        mask = mask.prepare(options.attention, length)
+        if cache is None:
+            places = None if windows is None else virtual.places(segment_ids, length)
+            padding = None if options.right_padded else attention_mask
+            mask = virtual.mask(make_mask(padding, segment_ids, causal=True, window=window), length)
+            mask = mask.prepare(options.attention, length)
+        else:
+            mask, places = virtual.mask_with_cache(cache, where, attention_mask)
+        sow_positions(self, virtual.key_positions(rotated, attention_mask))
         fields = {"config": c, "options": options}
-        per_layer = windows, virtual.past
+        per_layer = windows, virtual.past, cache and (cache.keys, cache.values)
         x = constrain(virtual.prepend(self.embed_tokens(input_ids)), BATCH, LENGTH, HIDDEN)
         x = run_layers(
             Block,

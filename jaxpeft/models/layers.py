@@ -165,8 +165,8 @@ def run_layers(
         count: number of layers.
         name: name of the stack in the tree, `layers` or `layer`.
         options: options of the model, with `scan_layers` and `remat`.
-        *inputs: `x`; then a pytree with a leading layer axis, or None; then inputs shared by all
-            layers.
+        *inputs: `x`; then a pytree with a leading layer axis, or lists with one entry per layer if
+            the layers are unrolled, or None; then inputs shared by all layers.
 
     Returns:
         The last layer's `x`.
@@ -247,7 +247,9 @@ class _Unrolled(nn.Module):
     @nn.compact
     def __call__(self, x: Array, per_layer: Any, *shared: Any) -> Array:
         for i in range(self.count):
-            own = jax.tree.map(lambda leaf, i=i: leaf[i], per_layer)
+            own = jax.tree.map(
+                lambda leaf, i=i: leaf[i], per_layer, is_leaf=lambda each: isinstance(each, list)
+            )
             x, _ = self.block(**self.fields, name=str(i))(x, own, *shared)
         return x
 

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.models.base import PAST
+from jaxpeft.models.kv_cache import Cache, sow_keys, visible
 from jaxpeft.sharding.logical_axes import BATCH, LENGTH, constrain
 
 Array = jax.Array
@@ -106,20 +106,28 @@ class Virtual:
         past: `[layers, 2, batch or 1, n, kv_heads * d]`, the keys (already rotated) and values of
             each layer; or None.
         prompt: `[batch or 1, n, hidden]`, embeddings that run through all layers; or None.
+        cached: number of positions of a prompt that has run through the layers in an earlier call,
+            whose keys are in a KV cache.
     """
 
     past: Array | None = None
     prompt: Array | None = None
+    cached: int = 0
 
     @property
     def count(self) -> int:
         """The number of virtual positions."""
-        return sum(part.shape[-2] for part in (self.past, self.prompt) if part is not None)
+        parts = (part.shape[-2] for part in (self.past, self.prompt) if part is not None)
+        return sum(parts) + self.cached
 
     @property
     def prompted(self) -> int:
         """The number of virtual positions that run through the layers."""
         return 0 if self.prompt is None else self.prompt.shape[-2]
+
+    def after_prompt(self) -> Virtual:
+        """Return the virtual positions of a later call, with the keys of the prompt in a cache."""
+        return Virtual(self.past, None, self.prompted)
 
     def prepend(self, x: Array) -> Array:
         """Put the prompt in front of embeddings `[batch, length, hidden]`."""
@@ -174,6 +182,42 @@ class Virtual:
             seen = jnp.concatenate([jnp.broadcast_to(own, (*lead, *own.shape)), seen], axis=3)
         return Mask(jnp.concatenate([jnp.ones((*seen.shape[:3], past), bool), seen], axis=3))
 
+    def mask_with_cache(
+        self, cache: Cache, where: Array, attention_mask: Array | None
+    ) -> tuple[Mask, Array]:
+        """Return the mask of a call with a KV cache, and the position of each key.
+
+        The keys are those of the cache, of the past, and of this call's tokens.
+
+        Args:
+            cache: the KV cache.
+            where: `[batch, length]`, unshifted positions of the tokens.
+            attention_mask: `[batch, length]`, 1 for a token; None if there is no padding.
+
+        Returns:
+            The mask `[batch, 1, length, key]`, and the positions `[batch, key]`, negative for
+            empty slots and padding.
+        """
+        queries = where + self.count
+        past = jnp.arange(self.count - self.cached, dtype=where.dtype)
+        own = self.key_positions(queries, attention_mask)
+        keys = jnp.concatenate(
+            [cache.positions, jnp.broadcast_to(past, (len(where), len(past))), own], axis=1
+        )
+        return Mask(visible(queries, keys)), keys
+
+    def key_positions(self, where: Array, attention_mask: Array | None) -> Array:
+        """Return the positions of prompt and tokens, negative for padding.
+
+        Args:
+            where: `[batch, prompted + length]`, their positions.
+            attention_mask: `[batch, length]`, 1 for a token; None if there is no padding.
+        """
+        if attention_mask is None:
+            return where
+        text = jnp.pad(attention_mask > 0, ((0, 0), (self.prompted, 0)), constant_values=True)
+        return jnp.where(text, where, -1)
+
     def places(self, segment_ids: Array | None, length: int) -> Array:
         """Return the position of each key, `[batch or 1, count + length]`, restarting in each
         segment.
@@ -194,13 +238,12 @@ def prepend_virtual(
     """Prepend the keys and values of virtual positions to a layer's own.
 
     Args:
-        module: the attention module, which sows its own keys and values into `PAST` if mutable.
+        module: the attention module, which sows its own keys and values.
         past: `[2, batch or 1, n, kv_heads * d]`, or None.
         k: `[batch, length, kv_heads, d]`, rotated.
         v: `[batch, length, kv_heads, d]`.
     """
-    if module.is_mutable_collection(PAST) and not module.is_initializing():
-        module.sow(PAST, "kv", jnp.stack([k, v]).reshape(2, *k.shape[:2], -1))
+    sow_keys(module, k, v)
     if past is None:
         return k, v
     own = jnp.broadcast_to(past.astype(k.dtype), (2, k.shape[0], *past.shape[2:]))

@@ -1,0 +1,1 @@
+"""Using a trained model: loading it with its adapter, generating text, predicting labels."""

@@ -1,0 +1,175 @@
+"""A model from files, with or without an adapter, and everything that is needed to use it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxpeft.choices import Task
+from jaxpeft.core.method import Method
+from jaxpeft.core.paths import Tree
+from jaxpeft.data.pipeline import load_tokenizer
+from jaxpeft.errors import ConfigError, WeightsError
+from jaxpeft.hub import fetching, loading
+from jaxpeft.hub.adapters.adapter_folder import AdapterFolder, base_of, read_adapter, request_of
+from jaxpeft.hub.adapters.folder_layout import CONFIG
+from jaxpeft.hub.adapters.load import load_adapter
+from jaxpeft.hub.adapters.settings import Settings
+from jaxpeft.hub.model_request import ModelRequest
+from jaxpeft.hub.sources import Source
+from jaxpeft.models.base import Pretrained
+from jaxpeft.quant.quantize import Quant, read_quant
+from jaxpeft.sharding.layout import layout
+from jaxpeft.sharding.mesh import create_device_mesh, heads_of
+from jaxpeft.sharding.mesh_config import MeshConfig
+from jaxpeft.sharding.rules import sharding_rules
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class AdaptedModel:
+    """A loaded model.
+
+    Attributes:
+        model: the Linen module.
+        base: parameters of the base.
+        params: parameters with the adapter, which shares the base's arrays; those of the base
+            without an adapter.
+        settings: settings of the run that trained the adapter; empty without one.
+        method: method of the adapter; None without one.
+        adapter: folder of the adapter; None without one.
+        mesh: the devices that store the parameters; None for a single device.
+    """
+
+    model: Pretrained
+    base: Tree
+    params: Tree
+    settings: Settings
+    method: Method | None = None
+    adapter: Path | None = None
+    mesh: Mesh | None = None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer saved with the adapter, which has its chat template; else the base's.
+
+        Raises:
+            DataError: There is no tokenizer, or it cannot be loaded.
+        """
+        saved = self.adapter is not None and all(
+            (self.adapter / name).is_file() for name in _TOKENIZER_FILES
+        )
+        if self.adapter is not None and saved:
+            return load_tokenizer(Source(str(self.adapter), self.adapter))
+        return load_tokenizer(self.model.source)
+
+
+def load_adapted(
+    base: str | None = None,
+    adapter: str | Path | None = None,
+    *,
+    task: Task | None = None,
+    dtype: Any = None,
+    compute_dtype: Any = None,
+    pooling: str | None = None,
+    vocab_size: int | None = None,
+    quant: Quant | str | None = None,
+    revision: str | None = None,
+    sharding: MeshConfig | None = None,
+    allow_base: bool = False,
+) -> AdaptedModel:
+    """Load a model, and an adapter into it.
+
+    Args:
+        base: folder or hub id of the base, or `package:NAME`; None for the one that the adapter
+            records.
+        adapter: folder of the adapter, or of the run that trained it; None for the base alone.
+        task: the task; None for the adapter's, or `causal_lm`.
+        dtype: dtype of the base's leaves; None keeps the checkpoint's.
+        compute_dtype: dtype of the activations; None uses `dtype`, or the checkpoint's.
+        pooling: the sequence classifier's input; None for the adapter's.
+        vocab_size: number of tokens with added ones; None for the adapter's.
+        quant: quantization of the base; None for that of the adapter's run.
+        revision: branch, tag or commit of a hub id.
+        sharding: how the parameters are sharded over the devices; None for one device.
+        allow_base: whether to accept a different base than the adapter was trained on.
+
+    Raises:
+        ConfigError: Neither a base nor an adapter is given, or they do not fit.
+        AdapterError: The adapter is invalid, or belongs to another base.
+        WeightsError: The base cannot be used.
+    """
+    options = {"dtype": dtype, "compute_dtype": compute_dtype, "quant": _quant(quant)}
+    folder = None if adapter is None else read_adapter(adapter_folder(Path(adapter)))
+    if folder is None:
+        if base is None:
+            raise ConfigError("--model: is required without --adapter; set its folder or hub id")
+        name = base
+        request = ModelRequest(
+            task or "causal_lm", pooling=pooling, vocab_size=vocab_size, **options
+        )
+    else:
+        name, recorded = base_of(folder, base)
+        revision = revision or recorded
+        if quant is None and folder.settings.quant is not None:
+            options["quant"] = read_quant(folder.settings.quant, str(folder.folder))
+        request = request_of(folder, task=task, pooling=pooling, vocab_size=vocab_size, **options)
+    outlined = _outline(name, request, revision, folder, base)
+    mesh, model, params = _read(outlined, sharding)
+    if folder is None:
+        return AdaptedModel(model, params, params, Settings(), mesh=mesh)
+    method, adapted = load_adapter(folder.folder, model, params, allow_base=allow_base)
+    return AdaptedModel(model, params, adapted, folder.settings, method, folder.folder, mesh)
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Return the folder of an adapter: the given one, or `adapter` in the folder of a run."""
+    inner = folder / "adapter"
+    return inner if inner.is_dir() and not (folder / CONFIG).is_file() else folder
+
+
+def _quant(quant: Quant | str | None) -> Quant | None:
+    return Quant(quant) if isinstance(quant, str) else quant
+
+
+def _outline(
+    name: str,
+    request: ModelRequest,
+    revision: str | None,
+    folder: AdapterFolder | None,
+    base: str | None,
+) -> loading.Outline:
+    try:
+        return loading.outline(name, request, revision)
+    except WeightsError as error:
+        if folder is None or base is not None:
+            raise
+        where = folder.parts[0] / CONFIG
+        hint = f"this base is named in {where}; set its path with --model"
+        raise WeightsError([*error.problems, hint]) from error
+
+
+def _read(
+    outlined: loading.Outline, sharding: MeshConfig | None
+) -> tuple[Mesh | None, Pretrained, Tree]:
+    """Read the parameters, sharded over a mesh if requested."""
+    if sharding is None:
+        return None, outlined.model, outlined.read()
+    mesh = create_device_mesh(sharding, heads=heads_of(outlined.config))
+    rules = sharding_rules(sharding)
+    fetching.require_host_memory(rules, mesh)
+    found = layout(mesh, rules, outlined.leaves)
+    model = fetching.fetch_kernels(outlined.model, found)
+    return mesh, model, outlined.read_sharded(found, 0)
+
+
+def with_params(loaded: AdaptedModel, params: Mapping[str, Any]) -> AdaptedModel:
+    """Return a model with other parameters, such as those of its base."""
+    return dataclasses.replace(loaded, params=dict(params))
