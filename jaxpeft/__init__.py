@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from jaxpeft.hub.adapters.save import save_adapter as save_adapter
     from jaxpeft.hub.adapters.settings import Settings as Settings
     from jaxpeft.hub.loading import load as load
+    from jaxpeft.inference.generation import generate as generate
     from jaxpeft.methods import *  # noqa: F403 - the classes of all methods
     from jaxpeft.methods import METHODS as METHODS
     from jaxpeft.quant.quantize import Quant as Quant
@@ -118,6 +119,8 @@ def __getattr__(name: str) -> Any:
         name = _RENAMED[name]
     if name in _WHERE:
         return getattr(importlib.import_module(f"jaxpeft.{_WHERE[name]}"), name)
+    if name == "generate":  # a package that is called like its function
+        return importlib.import_module("jaxpeft.generate")
     if name == "__all__":
         return __dir__()
     if name[:1].isupper() and name in _methods():
@@ -126,7 +129,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(["__version__", *_WHERE, *_methods()])
+    return sorted(["__version__", "generate", *_WHERE, *_methods()])
 
 
 def _methods() -> dict[str, Any]:

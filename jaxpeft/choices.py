@@ -11,6 +11,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 """Of a base's leaves and of activations."""
 
+Strategy = Literal["replicated", "fsdp", "tensor", "fsdp_tensor", "sequence", "hybrid_fsdp"]
+"""The keys of `jaxpeft.sharding.sizes.STRATEGIES`."""
+
 Pooling = Literal["pooler", "cls", "mean", "last"]
 """What a sequence classifier reads."""
 

@@ -1,4 +1,4 @@
-"""Evaluation: metrics, greedy generation, and forgetting."""
+"""Evaluation: metrics and forgetting."""
 
 from jaxpeft.evaluation.metrics import classification_metrics, lm_metrics
 

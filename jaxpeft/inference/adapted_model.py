@@ -106,7 +106,11 @@ def load_adapted(
         AdapterError: The adapter is invalid, or belongs to another base.
         WeightsError: The base cannot be used.
     """
-    options = {"dtype": dtype, "compute_dtype": compute_dtype, "quant": _quant(quant)}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "compute_dtype": compute_dtype,
+        "quant": _quant(quant),
+    }
     folder = None if adapter is None else read_adapter(adapter_folder(Path(adapter)))
     if folder is None:
         if base is None:

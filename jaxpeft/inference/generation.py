@@ -283,20 +283,17 @@ def ends_of(model: Pretrained, eos: int | Iterable[int] | None) -> frozenset[int
     """
     if eos is None:
         return _recorded_ends(model)
-    tokens = [eos] if isinstance(eos, int) else [*eos]
-    wrong = [
-        token
-        for token in tokens
-        if isinstance(token, bool) or not isinstance(token, int | np.integer)
-    ]
-    if wrong:
+    tokens: list[Any] = [eos] if isinstance(eos, int) else [*eos]
+    if not all(np.issubdtype(np.asarray(token).dtype, np.integer) for token in tokens):
         raise ConfigError(f"eos: must be token ids, are {show(tokens)}")
     return frozenset(int(token) for token in tokens)
 
 
 def _recorded_ends(model: Pretrained) -> frozenset[int]:
     """Return the tokens that end a text according to the model's files."""
-    for name in ("generation_config.json", "config.json") if model.source is not None else ():
+    if model.source is None:
+        return frozenset()
+    for name in ("generation_config.json", "config.json"):
         file = model.source.folder / name
         found = read_json(file).get("eos_token_id") if file.is_file() else None
         if found is not None:

@@ -144,7 +144,9 @@ def _with_cache(
         axis=-1,
     ) * (d**-0.5)
     scores = scores.reshape(batch, heads, length, -1)
-    scores = jnp.where(mask.to_array(length), scores, jnp.finfo(jnp.float32).min)
+    seen = mask.to_array(length)
+    if seen is not None:
+        scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     weights = weights.reshape(batch, kv_heads, -1, weights.shape[-1])
     out = jnp.einsum("bhts,bhsd->bhtd", weights[..., :slots], old_values)

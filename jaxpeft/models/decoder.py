@@ -354,8 +354,8 @@ class DecoderBackbone(Pretrained):
         cos, sin = rope.tables(c.rope, c.head_dim, c.max_position_embeddings, rotated)
         # the attention kernel handles a window that is the same in all layers, without virtual
         # tokens
-        alike = c.windows is not None and len(set(c.windows)) == 1
-        window = c.windows[0] if alike and not virtual.count and cache is None else 0
+        sizes = set(c.windows or ())
+        window = max(sizes) if len(sizes) == 1 and not virtual.count and cache is None else 0
         windows = None if c.windows is None or window else jnp.asarray(c.windows, jnp.int32)
         if cache is None:
             places = None if windows is None else virtual.places(segment_ids, length)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from jaxpeft.choices import Strategy
 from jaxpeft.core.expressions import find_expression_fault
 from jaxpeft.core.options import option
 from jaxpeft.errors import nearest
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
 class MeshConfig:
     """How a run is sharded over devices: axes of the mesh, and rules (docs/sharding.md)."""
 
-    strategy: (
-        Literal["replicated", "fsdp", "tensor", "fsdp_tensor", "sequence", "hybrid_fsdp"] | None
-    ) = option(
+    strategy: Strategy | None = option(
         None,
         "sharding strategy, whose main axis uses all devices; None replicates the tree on `data`"
         " devices",

@@ -20,8 +20,8 @@ from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.tree import combine
-from jaxpeft.evaluation.generation import greedy
 from jaxpeft.hub.adapters.save import save_adapter
+from jaxpeft.inference.generation import generate
 from jaxpeft.logs import log_time
 from jaxpeft.models import attention
 from jaxpeft.processes.arrays import fetch_to_host
@@ -236,7 +236,7 @@ def _answers(setup: Setup, params: Tree) -> list[str]:
         setup.config.evaluation.sample_tokens,
     )
     ends = answer_ends(setup.data.tokenizer)
-    answers = greedy(setup.model, params, prompts, most=most, ends=ends)
+    answers = generate(setup.model, params, prompts, max_new_tokens=most, eos=ends)
     return [setup.data.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
 

@@ -59,15 +59,14 @@ def _generation_lines(setup: Setup) -> tuple[str, ...]:
         else "'the beginning of a text'"
     )
     return (
-        "from jaxpeft.evaluation.generation import greedy",
         *(
             _CHAT
             if setup.provenance.decided.chats
             else (f"ids = tokenizer({prompt})['input_ids']",)
         ),
         "ends = {settings.eos_token_id, tokenizer.eos_token_id} - {None}",
-        "(answer,) = greedy(model, params, [ids], most=32, ends=ends)",
-        "print(tokenizer.decode(answer))",
+        "(answer,) = jaxpeft.generate(model, params, [ids], max_new_tokens=32, eos=ends)",
+        "print(tokenizer.decode(answer, skip_special_tokens=True))",
     )
 
 

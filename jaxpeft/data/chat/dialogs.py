@@ -5,6 +5,7 @@ Only the answers contribute to the loss.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from jaxpeft.data.chat.messages import Message, is_in_loss, read_messages, read_text, unfold
 from jaxpeft.data.problems import Record, RowError
 from jaxpeft.data.rows.columns import Columns
+
+_UNWRITTEN = "answer to generate"
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,36 @@ def read_dialog(record: Record, columns: Columns) -> Dialog:
     return _require_answer(
         _chat(_read_nested(read_messages, value, column), _frame(record, columns)), column
     )
+
+
+def read_prompt(record: Record, columns: Columns) -> Dialog | Completion:
+    """Parse what comes before an answer: a chat, an instruction, or a text to continue.
+
+    A chat that ends with the assistant's turn is taken up to that turn, and the output of an
+    instruction is ignored, so that rows for training can be used.
+
+    Args:
+        record: the row.
+        columns: names the column of messages, instruction or prompt.
+
+    Raises:
+        RowError: a field is missing or invalid.
+    """
+    if columns.instruction is not None:
+        answered = {**record, _UNWRITTEN: "?"}
+        dialog = read_instruction(answered, dataclasses.replace(columns, output=_UNWRITTEN))
+        return dataclasses.replace(dialog, messages=dialog.messages[:-1])
+    column = columns.messages or columns.prompt
+    value = field(record, column)
+    if columns.messages is None and isinstance(value, str):
+        text = _read_nested(read_text, value, column)
+        return _plain(text, "", _frame(record, columns), column, None)
+    messages = _read_nested(read_messages, value, column)
+    if messages[-1]["role"] == "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise RowError(f"field {column!r} has no turn before the answer", "add one")
+    return _chat(messages, _frame(record, columns))
 
 
 def read_preference(record: Record, columns: Columns) -> Preference:

@@ -188,6 +188,41 @@ def _suggest_columns(texts: Sequence[str]) -> str:
     return str({first: prompt, last: answer})
 
 
+def find_prompt_columns(present: Sequence[str], requested: Columns, name: str) -> Columns:
+    """Return the columns from which a text is generated: messages, instruction or prompt.
+
+    Args:
+        present: the columns of a row.
+        requested: the columns that the user named.
+        name: the name of the row in messages.
+
+    Raises:
+        DataError: there is no such column.
+    """
+    chosen = [field for field in ("messages", "instruction", "prompt") if getattr(requested, field)]
+    if chosen:
+        _raise_if_absent(present, requested, name)
+        return requested
+    usual = (
+        *(("messages", column) for column in MESSAGES),
+        ("instruction", "instruction"),
+        *(("prompt", column) for column, _ in COMPLETIONS),
+    )
+    found = next(((field, column) for field, column in usual if column in present), None)
+    if found is None:
+        raise DataError(
+            f"{name}: has no prompt, messages or instruction; name the column with"
+            f" --prompt-column. Columns present: {', '.join(present)}"
+        )
+    field, column = found
+    kind = "prompt_completion" if field == "prompt" else field
+    optional = {
+        other: next((name for name in names if name in present), None)
+        for other, names in OPTIONAL[kind].items()
+    }
+    return Columns(**{field: column}, **optional)
+
+
 def find_columns(present: Sequence[str], requested: Columns, kind: str, name: str) -> Columns:
     """Return the columns to use, all of them in `present`.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxpeft.data.chat.dialogs import Dialog
+from jaxpeft.data.chat.dialogs import Completion, Dialog
 from jaxpeft.data.chat.supervise import IGNORED, Script, label, write_all, write_prompt
 from jaxpeft.data.chat.templates import Template, get_template
 from jaxpeft.data.examples.make import Examples
@@ -157,6 +157,22 @@ def prompt_ids(examples: Examples, row: int, tokenizer: Any, options: TokenizeOp
     dialog: Any = examples.texts[row]
     if isinstance(dialog, Dialog):
         dialog = replace(dialog, messages=dialog.messages[: dialog.answers[-1]])
+    return encode_prompt(dialog, tokenizer, options)
+
+
+def encode_prompt(
+    dialog: Dialog | Completion, tokenizer: Any, options: TokenizeOptions
+) -> list[int]:
+    """Return the tokens from which to generate an answer; training sees the same before it.
+
+    Args:
+        dialog: the turns so far; for a completion, only its prompt is used.
+        tokenizer: a fast tokenizer of `transformers`.
+        options: the options.
+
+    Raises:
+        RenderError: the template cannot render the turns.
+    """
     (labeled,) = label(
         [write_prompt(dialog, _template(options, tokenizer), options.separator)],
         tokenizer,

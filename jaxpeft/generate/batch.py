@@ -1,0 +1,140 @@
+"""Complete the rows of a file: `--prompts IN.jsonl --output OUT.jsonl`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxpeft import atomic
+from jaxpeft.data.rows.columns import Columns
+from jaxpeft.data.rows.read import read_rows
+from jaxpeft.errors import ConfigError
+from jaxpeft.generate.session import Session
+from jaxpeft.hub.adapters.adapter_folder import read_adapter
+from jaxpeft.inference.generation import Completion
+from jaxpeft.inference.prompts import read_prompts
+from jaxpeft.train.progress import row_progress
+
+_log = logging.getLogger(__name__)
+
+
+def complete_file(session: Session, source: str, output: str) -> None:
+    """Complete the rows of a file, and write them, with the completions, to another.
+
+    The rows are written in order to `OUTPUT.partial`, whose first line identifies the run, and
+    which becomes the output at the end. A run that was interrupted continues from it.
+
+    Args:
+        session: the model.
+        source: path of the rows.
+        output: path of the JSONL file to write.
+
+    Raises:
+        ConfigError: The output exists, or is incomplete and from another run.
+        DataError: A row cannot be used; nothing is written then.
+    """
+    out, args = Path(output), session.args
+    if out.exists():
+        raise ConfigError(f"--output {output}: exists already; choose another file, or remove it")
+    rows = read_rows(source)
+    prompts = read_prompts(rows, Columns(prompt=args.prompt_column), args.system)
+    encoded = [session.encoder(prompt, rows.where(i)) for i, prompt in enumerate(prompts)]
+    partial = out.with_name(f"{out.name}.partial")
+    done = _begin(partial, _identity(session, rows.sha256))
+    if done:
+        _log.info("%s: continuing after %d of %d rows", partial, done, len(encoded))
+    with partial.open("a", encoding="utf-8") as file, row_progress("auto", "rows") as progress:
+        for start in range(done, len(encoded), args.batch_size):
+            stop = min(start + args.batch_size, len(encoded))
+            file.writelines(
+                _complete(session, rows.records[start:stop], encoded[start:stop], start)
+            )
+            file.flush()
+            if progress is not None:
+                progress(stop, len(encoded))
+    _finish(partial, out)
+    _log.info("%s: %d rows", output, len(encoded))
+
+
+def _identity(session: Session, rows: str) -> str:
+    """Return the hash of everything that determines the output."""
+    loaded, args = session.loaded, dataclasses.asdict(session.args)
+    ignored = {"prompts", "output", "batch_size", "strategy", "traceback", "model", "adapter"}
+    options = {name: value for name, value in args.items() if name not in ignored}
+    adapter = None if loaded.adapter is None else read_adapter(loaded.adapter).sha256
+    base = [
+        (file.name, stat.st_size, stat.st_mtime_ns)
+        for file in sorted(loaded.model.source.folder.glob("*.safetensors"))
+        if (stat := file.stat())
+    ]
+    parts = [options, rows, adapter, base]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _begin(partial: Path, identity: str) -> int:
+    """Begin or continue an incomplete output; return the number of rows that it has.
+
+    Raises:
+        ConfigError: It is from another run.
+    """
+    first = json.dumps({"jaxpeft_generate": identity}) + "\n"
+    if not partial.exists():
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(first)
+        return 0
+    content = partial.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]  # without an incomplete last line
+    if whole and not whole.startswith(first.encode()):
+        raise ConfigError(
+            f"{partial}: was begun with other rows, options or another model; remove it, or choose"
+            " another --output"
+        )
+    partial.write_bytes(whole or first.encode())
+    return max(0, whole.count(b"\n") - 1)
+
+
+def _finish(partial: Path, out: Path) -> None:
+    """Write the output without the first line of the incomplete one, which is removed."""
+    with atomic.replace_when_done(out) as temporary:
+        _, _, rows = partial.read_bytes().partition(b"\n")
+        temporary.write_bytes(rows)
+    partial.unlink()
+
+
+def _complete(
+    session: Session,
+    records: Sequence[Mapping[str, Any]],
+    prompts: Sequence[Sequence[int]],
+    first: int,
+) -> list[str]:
+    """Return the lines of the output for some rows, of which `first` is the index."""
+    count = session.args.samples
+    repeated = [prompt for prompt in prompts for _ in range(count)]
+    completions = session.complete(repeated, first * count)
+    lines: list[str] = []
+    for i, record in enumerate(records):
+        own = completions[i * count : (i + 1) * count]
+        fields = _fields([session.text(prompts[i], each) for each in own], own, session)
+        lines.append(json.dumps({**record, **fields}, ensure_ascii=False) + "\n")
+    return lines
+
+
+def _fields(
+    texts: Sequence[str], completions: Sequence[Completion], session: Session
+) -> dict[str, Any]:
+    """Return the fields that are added to a row; lists if there are several completions."""
+    several = session.args.samples > 1
+    found: dict[str, Any] = {"completions": [*texts]} if several else {"completion": texts[0]}
+    if session.args.log_probs:
+        tokens = [list(each.tokens) for each in completions]
+        log_probs = [list(each.log_probs) for each in completions]
+        found |= {
+            "completion_tokens": tokens if several else tokens[0],
+            "completion_log_probs": log_probs if several else log_probs[0],
+        }
+    return found

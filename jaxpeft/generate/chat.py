@@ -1,0 +1,164 @@
+"""Chat in the terminal: `--chat`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jaxpeft.data.chat.dialogs import Dialog
+from jaxpeft.errors import DataError
+from jaxpeft.generate.session import Session
+
+Message = Mapping[str, Any]
+HELP = """\
+/reset         forget the conversation
+/system TEXT   set the system text, and forget the conversation; without TEXT, remove it
+/base          answer the last question with the base as well, side by side
+/base on       answer every question with both; /base off ends it
+/history       show the conversation
+/help          show these commands
+/quit          end; so does Ctrl-D
+"""
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation.
+
+    Attributes:
+        turns: its turns without the system text.
+        system: the system text, or None.
+        both: whether every question is answered by the base as well.
+    """
+
+    turns: tuple[Message, ...] = ()
+    system: str | None = None
+    both: bool = False
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The turns with the system text."""
+        own = () if self.system is None else ({"role": "system", "content": self.system},)
+        return (*own, *self.turns)
+
+    def add(self, role: str, text: str) -> Conversation:
+        """Return the conversation with another turn."""
+        return dataclasses.replace(self, turns=(*self.turns, {"role": role, "content": text}))
+
+
+def talk(
+    session: Session, read: Callable[[str], str] = input, console: Console | None = None
+) -> None:
+    """Chat until the end of the input.
+
+    Args:
+        session: the model.
+        read: reads a line, given what to show before it.
+        console: where to write; by default the terminal.
+
+    Raises:
+        ConfigError: The tokenizer has no chat template.
+    """
+    with suppress(ImportError):  # arrows and history in `input`
+        importlib.import_module("readline")
+    out = console or Console(file=sys.stdout, highlight=False)
+    talked = Conversation(system=session.args.system)
+    # an unusable template is an error before the first question
+    session.encoder(Dialog(talked.add("user", "?").messages))
+    out.print("/help lists the commands, /quit ends", style="dim")
+    while True:
+        try:
+            line = read("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            out.print()
+            return
+        if line in ("/quit", "/exit"):
+            return
+        try:
+            talked = _respond(session, talked, line, out) if line else talked
+        except KeyboardInterrupt:
+            out.print("(stopped)", style="dim")
+        except DataError as error:
+            out.print(str(error), style="red")
+
+
+def _respond(session: Session, talked: Conversation, line: str, out: Console) -> Conversation:
+    """Obey a command, or answer a question; return the conversation after it."""
+    command, _, rest = line.partition(" ")
+    rest = rest.strip()
+    if not command.startswith("/"):
+        return _answer(session, talked.add("user", line), out)
+    if command == "/reset":
+        return dataclasses.replace(talked, turns=())
+    if command == "/system":
+        return dataclasses.replace(talked, turns=(), system=rest or None)
+    if command == "/base":
+        return _base(session, talked, rest, out)
+    if command == "/history":
+        for message in talked.messages:
+            out.print(Text(f"{message['role']}: {message['content']}"))
+    elif command == "/help":
+        out.print(HELP, end="")
+    else:
+        out.print(f"{command}: no such command; /help lists them", style="red", markup=False)
+    return talked
+
+
+def _answer(session: Session, asked: Conversation, out: Console) -> Conversation:
+    """Answer the last turn of a conversation."""
+    prompt = Dialog(asked.messages)
+    if asked.both:
+        base, tuned = _ask_base(session, prompt), _ask(session, prompt)
+        _show_both(base, tuned, out)
+    else:
+        tuned = session.stream(prompt, lambda text: out.print(Text(text), end=""))
+        out.print()
+    return asked.add("assistant", tuned)
+
+
+def _base(session: Session, talked: Conversation, rest: str, out: Console) -> Conversation:
+    """Obey `/base`."""
+    if session.loaded.adapter is None:
+        out.print("/base: the model has no adapter, so it is the base", style="red")
+        return talked
+    if rest in ("on", "off"):
+        return dataclasses.replace(talked, both=rest == "on")
+    if rest:
+        out.print("/base: takes on, off or nothing; ask the question first", style="red")
+    elif not talked.turns:
+        out.print("/base: ask a question first", style="red")
+    else:
+        *before, answer = talked.turns
+        asked = dataclasses.replace(talked, turns=tuple(before))
+        _show_both(_ask_base(session, Dialog(asked.messages)), str(answer["content"]), out)
+    return talked
+
+
+def _ask(session: Session, prompt: Dialog) -> str:
+    ids = session.encoder(prompt)
+    (completion,) = session.complete([ids])
+    return session.text(ids, completion)
+
+
+def _ask_base(session: Session, prompt: Dialog) -> str:
+    ids = session.encoder(prompt)
+    (completion,) = session.complete([ids], params=session.loaded.base)
+    return session.text(ids, completion)
+
+
+def _show_both(base: str, tuned: str, out: Console) -> None:
+    """Show two answers side by side."""
+    table = Table(expand=True, box=None, padding=(0, 2, 0, 0))
+    table.add_column("base", ratio=1)
+    table.add_column("tuned", ratio=1)
+    table.add_row(Text(base), Text(tuned))
+    out.print(table)

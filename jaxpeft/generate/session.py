@@ -1,0 +1,159 @@
+"""A loaded model with the options of the command line: `Session`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from jaxpeft.core.paths import Tree
+from jaxpeft.data.chat import dialogs
+from jaxpeft.errors import ConfigError
+from jaxpeft.inference.adapted_model import AdaptedModel, load_adapted
+from jaxpeft.inference.generation import Completion, complete, ends_of
+from jaxpeft.inference.prompts import Prompt, PromptEncoder, decode_completion
+from jaxpeft.inference.sampling import Sampling
+from jaxpeft.sharding.mesh_config import MeshConfig
+
+if TYPE_CHECKING:
+    from jaxpeft.generate.__main__ import GenerateArguments
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded model, and how text is generated with it.
+
+    Attributes:
+        loaded: the model.
+        args: arguments of the command.
+    """
+
+    loaded: AdaptedModel
+    args: GenerateArguments
+
+    @cached_property
+    def encoder(self) -> PromptEncoder:
+        """The encoder of prompts."""
+        settings = self.loaded.settings
+        return PromptEncoder(
+            self.loaded.tokenizer,
+            separator=settings.separator or "",
+            chat_template=self.args.chat_template,
+        )
+
+    @cached_property
+    def sampling(self) -> Sampling:
+        """How tokens are chosen."""
+        args = self.args
+        return Sampling(
+            args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty
+        )
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a text: of the model, its tokenizer and the adapter's run."""
+        own = (self.loaded.tokenizer.eos_token_id, self.loaded.settings.eos_token_id)
+        return ends_of(self.loaded.model, None) | {token for token in own if token is not None}
+
+    def text_prompt(self, text: str) -> Prompt:
+        """Return a prompt that continues a text."""
+        return dialogs.Completion(text, "")
+
+    def complete(
+        self,
+        prompts: Sequence[Sequence[int]],
+        first: int = 0,
+        params: Tree | None = None,
+        stream: Callable[[int, Sequence[int]], None] | None = None,
+    ) -> list[Completion]:
+        """Complete prompts.
+
+        Args:
+            prompts: token ids of each.
+            first: index of the first prompt in all prompts, which decides its random numbers.
+            params: parameters; None for those with the adapter.
+            stream: called with the index of a prompt and its next tokens.
+        """
+        return complete(
+            self.loaded.model,
+            self.loaded.params if params is None else params,
+            prompts,
+            max_new_tokens=self.args.max_new_tokens,
+            sampling=self.sampling,
+            seed=self.args.seed,
+            eos=self.ends,
+            batch_size=self.args.batch_size,
+            first=first,
+            stops=self._stops if self.args.stop else None,
+            stream=stream,
+        )
+
+    def stream(self, prompt: Prompt, write: Callable[[str], object]) -> str:
+        """Complete a prompt, writing the text as it is generated; return the text."""
+        ids = self.encoder(prompt)
+        tokens: list[int] = []
+        shown = ""
+
+        def show(_: int, more: Sequence[int]) -> None:
+            nonlocal shown
+            tokens.extend(more)
+            text = self._before_stop(
+                decode_completion(self.loaded.tokenizer, ids, tokens, partial=True), partial=True
+            )
+            if len(text) > len(shown):
+                write(text[len(shown) :])
+                shown = text
+
+        (completion,) = self.complete([ids], stream=show)
+        text = self.text(ids, completion)
+        write(text[len(shown) :])
+        return text
+
+    def text(self, prompt: Sequence[int], completion: Completion) -> str:
+        """Return the text of a completion, up to the first stop text."""
+        text = decode_completion(self.loaded.tokenizer, prompt, completion.tokens)
+        return self._before_stop(text)
+
+    def _stops(self, tokens: Sequence[int]) -> bool:
+        text = self.loaded.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return any(stop in text for stop in self.args.stop)
+
+    def _before_stop(self, text: str, *, partial: bool = False) -> str:
+        """Return the text before the first stop text; if `partial`, before one that may begin."""
+        found = [text.find(stop) for stop in self.args.stop if stop in text]
+        if found:
+            return text[: min(found)]
+        longest = max(map(len, self.args.stop), default=0)
+        for size in range(min(longest, len(text)), 0, -1) if partial else ():
+            if any(stop.startswith(text[-size:]) for stop in self.args.stop):
+                return text[:-size]
+        return text
+
+
+def open_session(args: GenerateArguments) -> Session:
+    """Load the model of a command line.
+
+    Raises:
+        ConfigError: An option is out of range, or the model is not a language model.
+    """
+    if "" in args.stop:
+        raise ConfigError("--stop: an empty text would end every completion; remove it")
+    session = Session(
+        load_adapted(
+            args.model,
+            args.adapter,
+            dtype=args.dtype,
+            quant=args.quant,
+            sharding=None if args.strategy is None else MeshConfig(strategy=args.strategy),
+            allow_base=args.allow_base,
+        ),
+        args,
+    )
+    task = session.loaded.model.options.task
+    if task != "causal_lm":
+        raise ConfigError(
+            f"--adapter: {args.adapter} was trained for {task}, which generates no text; give its"
+            " rows with --input to predict their labels"
+        )
+    return session
