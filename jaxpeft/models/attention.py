@@ -136,18 +136,18 @@ def _with_cache(
     kv_heads, slots = old_keys.shape[1:3]
     q, k, v = (jnp.swapaxes(array, 1, 2) for array in (q, k, v))
     q = q.reshape(batch, kv_heads, heads // kv_heads * length, d)
-    scores = jnp.concatenate(
-        [
-            jnp.einsum("bhtd,bhsd->bhts", q, keys, preferred_element_type=jnp.float32)
-            for keys in (old_keys, k)
-        ],
-        axis=-1,
-    ) * (d**-0.5)
-    scores = scores.reshape(batch, heads, length, -1)
+    old_scores, scores = (
+        jnp.einsum("bhtd,bhsd->bhts", q, keys, preferred_element_type=jnp.float32)
+        for keys in (old_keys, k)
+    )
+    # without the barrier, XLA computes the rotations of q and k again for each of the scores
+    scores = jax.lax.optimization_barrier(scores)
+    joined = jnp.concatenate([old_scores, scores], axis=-1) * (d**-0.5)
+    joined = joined.reshape(batch, heads, length, -1)
     seen = mask.to_array(length)
     if seen is not None:
-        scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        joined = jnp.where(seen, joined, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(joined, axis=-1).astype(v.dtype)
     weights = weights.reshape(batch, kv_heads, -1, weights.shape[-1])
     out = jnp.einsum("bhts,bhsd->bhtd", weights[..., :slots], old_values)
     out += jnp.einsum("bhts,bhsd->bhtd", weights[..., slots:], v)
