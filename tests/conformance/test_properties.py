@@ -23,6 +23,7 @@ from tests.conformance.rows import ROWS
 from tests.core.helpers import BATCH, QUICK, assert_bits, largest, load
 
 TOLERANCE = 1e-4
+BATCH_ROWS = (BATCH.ids, BATCH.mask)
 
 
 def close(a: Any, b: Any, tolerance: float = TOLERANCE) -> bool:
@@ -248,3 +249,18 @@ def test_interrupted_and_restored_it_goes_on_bit_by_bit(subject: Subject, tmp_pa
     straight, _ = subject.step(state, begun[1])
     for one, other in zip(jax.tree.leaves(resumed), jax.tree.leaves(straight), strict=True):
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+
+@every_subject
+def test_it_generates_what_passes_over_the_whole_text_choose(subject: Subject) -> None:
+    if subject.model.options.task != "causal_lm":
+        with pytest.raises(ConfigError, match="needs a language model"):
+            jaxpeft.generate(subject.model, subject.moved, [[5]], max_new_tokens=1)
+        return
+    prompts = [ids[mask.astype(bool)].tolist() for ids, mask in zip(*BATCH_ROWS, strict=True)]
+    texts = jaxpeft.generate(subject.model, subject.moved, prompts, max_new_tokens=5, eos=())
+    for prompt, text in zip(prompts, texts, strict=True):
+        ids = jnp.asarray([[*prompt, *text]], jnp.int32)
+        logits = jaxpeft.apply(subject.model, subject.moved, ids)[0, len(prompt) - 1 : -1]
+        chosen = jnp.take_along_axis(logits, jnp.asarray(text)[:, None], axis=1)[:, 0]
+        assert float(jnp.max(jnp.max(logits, axis=1) - chosen)) < 1e-3
