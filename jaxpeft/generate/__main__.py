@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from jaxpeft.choices import Dtype, QuantForm, Strategy
 from jaxpeft.command.parser import Arguments
@@ -92,17 +93,24 @@ def _run(args: GenerateArguments) -> int:
         raise ConfigError(problems)
     # imports JAX, so only for valid arguments
     from jaxpeft.generate import batch, chat
-    from jaxpeft.generate.session import open_session
+    from jaxpeft.generate.session import open_session, sampling_of
 
-    session = open_session(args)
-    if args.chat:
-        chat.talk(session)
-    elif args.prompts is not None and args.output is not None:
-        batch.complete_file(session, args.prompts, args.output)
+    sampling_of(args)
+    if args.prompts is not None and args.output is not None:
+        rows, prompts = batch.read_file(args, args.prompts)
+        batch.complete_file(open_session(args), rows, prompts, args.output)
+    elif args.chat:
+        chat.talk(open_session(args))
     else:
-        session.stream(session.text_prompt(args.prompt or ""), sys.stdout.write)
+        session = open_session(args)
+        session.stream(session.text_prompt(args.prompt or ""), _write)
         sys.stdout.write("\n")
     return 0
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _problems(args: GenerateArguments) -> list[str]:
@@ -117,6 +125,8 @@ def _problems(args: GenerateArguments) -> list[str]:
         found.append(f"{', '.join(modes)}: exactly one is required, {what} given; see --help")
     if args.prompts is not None and args.output is None:
         found.append("--output: is required with --prompts; set the JSONL file to write")
+    if args.output is not None and Path(args.output).exists():
+        found.append(f"--output {args.output}: exists already; choose another file, or remove it")
     needs = {"--output": args.output, "--prompt-column": args.prompt_column}
     needs |= {"--samples": None if args.samples == 1 else args.samples}
     needs |= {"--log-probs": args.log_probs or None}

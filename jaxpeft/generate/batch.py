@@ -8,22 +8,35 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxpeft import atomic
 from jaxpeft.data.rows.columns import Columns
-from jaxpeft.data.rows.read import read_rows
+from jaxpeft.data.rows.read import Rows, read_rows
 from jaxpeft.errors import ConfigError
 from jaxpeft.generate.session import Session
 from jaxpeft.hub.adapters.adapter_folder import read_adapter
 from jaxpeft.inference.generation import Completion
-from jaxpeft.inference.prompts import read_prompts
+from jaxpeft.inference.prompts import Prompt, read_prompts
 from jaxpeft.train.progress import row_progress
+
+if TYPE_CHECKING:
+    from jaxpeft.generate.__main__ import GenerateArguments
 
 _log = logging.getLogger(__name__)
 
 
-def complete_file(session: Session, source: str, output: str) -> None:
+def read_file(args: GenerateArguments, source: str) -> tuple[Rows, list[Prompt]]:
+    """Return the rows of a file, and their prompts.
+
+    Raises:
+        DataError: A row cannot be used.
+    """
+    rows = read_rows(source)
+    return rows, read_prompts(rows, Columns(prompt=args.prompt_column), args.system)
+
+
+def complete_file(session: Session, rows: Rows, prompts: Sequence[Prompt], output: str) -> None:
     """Complete the rows of a file, and write them, with the completions, to another.
 
     The rows are written in order to `OUTPUT.partial`, whose first line identifies the run, and
@@ -31,19 +44,16 @@ def complete_file(session: Session, source: str, output: str) -> None:
 
     Args:
         session: the model.
-        source: path of the rows.
+        rows: the rows.
+        prompts: the prompt of each.
         output: path of the JSONL file to write.
 
     Raises:
-        ConfigError: The output exists, or is incomplete and from another run.
-        DataError: A row cannot be used; nothing is written then.
+        ConfigError: The output is incomplete and from another run.
+        DataError: The template cannot render a row; nothing is written then.
     """
     out, args = Path(output), session.args
-    if out.exists():
-        raise ConfigError(f"--output {output}: exists already; choose another file, or remove it")
-    rows = read_rows(source)
-    prompts = read_prompts(rows, Columns(prompt=args.prompt_column), args.system)
-    encoded = [session.encoder(prompt, rows.where(i)) for i, prompt in enumerate(prompts)]
+    encoded = [session.encode(prompt, rows.where(i)) for i, prompt in enumerate(prompts)]
     partial = out.with_name(f"{out.name}.partial")
     done = _begin(partial, _identity(session, rows.sha256))
     if done:

@@ -73,7 +73,7 @@ def talk(
     out = console or Console(file=sys.stdout, highlight=False)
     talked = Conversation(system=session.args.system)
     # an unusable template is an error before the first question
-    session.encoder(Dialog(talked.add("user", "?").messages))
+    session.encode(Dialog(talked.add("user", "?").messages))
     out.print("/help lists the commands, /quit ends", style="dim")
     while True:
         try:
@@ -144,13 +144,13 @@ def _base(session: Session, talked: Conversation, rest: str, out: Console) -> Co
 
 
 def _ask(session: Session, prompt: Dialog) -> str:
-    ids = session.encoder(prompt)
+    ids = session.encode(prompt)
     (completion,) = session.complete([ids])
     return session.text(ids, completion)
 
 
 def _ask_base(session: Session, prompt: Dialog) -> str:
-    ids = session.encoder(prompt)
+    ids = session.encode(prompt)
     (completion,) = session.complete([ids], params=session.loaded.base)
     return session.text(ids, completion)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from jaxpeft.command.parser import flag
 from jaxpeft.core.paths import Tree
 from jaxpeft.data.chat import dialogs
 from jaxpeft.errors import ConfigError
@@ -45,16 +46,25 @@ class Session:
     @cached_property
     def sampling(self) -> Sampling:
         """How tokens are chosen."""
-        args = self.args
-        return Sampling(
-            args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty
-        )
+        return sampling_of(self.args)
 
     @cached_property
     def ends(self) -> frozenset[int]:
         """The tokens that end a text: of the model, its tokenizer and the adapter's run."""
         own = (self.loaded.tokenizer.eos_token_id, self.loaded.settings.eos_token_id)
         return ends_of(self.loaded.model, None) | {token for token in own if token is not None}
+
+    def encode(self, prompt: Prompt, where: str = "the prompt") -> list[int]:
+        """Return the token ids of a prompt.
+
+        Args:
+            prompt: the prompt.
+            where: its place, for messages.
+        """
+        try:
+            return self.encoder(prompt, where)
+        except ConfigError as error:  # of the chat template
+            raise ConfigError([_in_flags(problem) for problem in error.problems]) from None
 
     def text_prompt(self, text: str) -> Prompt:
         """Return a prompt that continues a text."""
@@ -91,7 +101,7 @@ class Session:
 
     def stream(self, prompt: Prompt, write: Callable[[str], object]) -> str:
         """Complete a prompt, writing the text as it is generated; return the text."""
-        ids = self.encoder(prompt)
+        ids = self.encode(prompt)
         tokens: list[int] = []
         shown = ""
 
@@ -131,14 +141,32 @@ class Session:
         return text
 
 
+def sampling_of(args: GenerateArguments) -> Sampling:
+    """Return how tokens are chosen.
+
+    Raises:
+        ConfigError: An option has no effect.
+    """
+    try:
+        return Sampling(
+            args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty
+        )
+    except ConfigError as error:
+        raise ConfigError([_in_flags(problem) for problem in error.problems]) from None
+
+
+def _in_flags(problem: str) -> str:
+    """Convert a problem of an option to one of its flag."""
+    name, colon, why = problem.partition(":")
+    return f"{flag(name.removeprefix('data.'))}{colon}{why}"
+
+
 def open_session(args: GenerateArguments) -> Session:
     """Load the model of a command line.
 
     Raises:
         ConfigError: An option is out of range, or the model is not a language model.
     """
-    if "" in args.stop:
-        raise ConfigError("--stop: an empty text would end every completion; remove it")
     session = Session(
         load_adapted(
             args.model,

@@ -1,0 +1,234 @@
+"""The command `python -m jaxpeft.generate`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import jaxpeft
+from jaxpeft.generate import __main__ as command
+from jaxpeft.generate import session as session_module
+from jaxpeft.generate.session import Session
+from jaxpeft.inference.adapted_model import load_adapted
+
+MOST = "--max-new-tokens=6"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "texts"),
+    [
+        (
+            (),
+            (
+                "--adapter: is required, or --model for a base alone; see --help",
+                "--prompt, --prompts, --chat: exactly one is required, none is given; see --help",
+            ),
+        ),
+        (("--model=m", "--prompt=a", "--chat"), ("--prompt and --chat are given",)),
+        (("--model=m", "--prompts=a"), ("--output: is required with --prompts",)),
+        (
+            ("--model=m", "--prompt=a", "--output=b", "--samples=2", "--log-probs", "--system=s"),
+            (
+                "--output: has no effect without --prompts; remove it",
+                "--samples: has no effect without --prompts; remove it",
+                "--log-probs: has no effect without --prompts; remove it",
+                "--system: --prompt continues a text without a chat",
+            ),
+        ),
+        (("--model=m", "--prompt=a", "--top-p=0.9"), ("--top-p: has no effect at temperature 0",)),
+        (("--model=m", "--prompt=a", "--temperature=-1"), ("--temperature: must be at least 0",)),
+    ],
+)
+def test_wrong_arguments_are_told_before_a_model_is_read(
+    capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], texts: tuple[str, ...]
+) -> None:
+    assert command.main([*arguments]) == 2
+    said = capsys.readouterr().err
+    for text in texts:
+        assert text in said
+
+
+def test_one_prompt_is_streamed_to_the_terminal(
+    capsys: pytest.CaptureFixture[str], llama: str, adapter: Path
+) -> None:
+    texts: dict[str, str] = {}
+    for name, given in (("base", ["--model", llama]), ("tuned", ["--adapter", str(adapter)])):
+        assert command.main([*given, "--prompt", "word1 word2", MOST]) == 0
+        texts[name] = capsys.readouterr().out
+    loaded = load_adapted(None, adapter)
+    ids = loaded.tokenizer("word1 word2 word9", add_special_tokens=False)["input_ids"]
+    ids = [loaded.tokenizer.bos_token_id, *ids]  # its separator follows the prompt
+    wanted = jaxpeft.generate(loaded.model, loaded.params, [ids], max_new_tokens=6)[0]
+    assert (
+        texts["tuned"].split() == loaded.tokenizer.decode(wanted, skip_special_tokens=True).split()
+    )
+    assert texts["base"] != texts["tuned"]
+
+
+def rows_of(path: str | Path) -> list[Any]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_rows_are_written_with_their_completions(
+    llama: str, adapter: Path, tmp_path: Path, write_jsonl: Callable[..., str]
+) -> None:
+    rows = [
+        {"prompt": "word1 word2", "id": 7},
+        {"messages": [{"role": "user", "content": "word5"}]},
+        {"prompt": "word3"},
+    ]
+    source, out = write_jsonl(*rows), tmp_path / "deep" / "out.jsonl"
+    given = ["--adapter", str(adapter), "--prompts", source, MOST]
+    assert command.main([*given, "--output", str(out)]) == 0
+    found = rows_of(out)
+    assert [{k: v for k, v in row.items() if k != "completion"} for row in found] == rows
+    assert all(isinstance(row["completion"], str) for row in found)
+    assert len({row["completion"] for row in found}) > 1
+    assert not (tmp_path / "deep" / "out.jsonl.partial").exists()
+    again = tmp_path / "again.jsonl"
+    assert command.main([*given, "--output", str(again), "--batch-size=1"]) == 0
+    assert rows_of(again) == found
+    base = tmp_path / "base.jsonl"
+    assert (
+        command.main(
+            [
+                "--model",
+                llama,
+                "--prompts",
+                source,
+                "--output",
+                str(base),
+                MOST,
+                "--chat-template=chatml",
+            ]
+        )
+        == 0
+    )
+    assert [r["completion"] for r in rows_of(base)] != [r["completion"] for r in found]
+
+
+def test_several_samples_and_log_probabilities(
+    adapter: Path, tmp_path: Path, write_jsonl: Callable[..., str]
+) -> None:
+    source = write_jsonl({"prompt": "word1"}, {"prompt": "word2"})
+    given = [
+        "--adapter",
+        str(adapter),
+        "--prompts",
+        source,
+        MOST,
+        "--temperature=1",
+        "--samples=3",
+        "--log-probs",
+    ]
+    texts = []
+    for name, size in (("a", 32), ("b", 1)):
+        out = tmp_path / name
+        assert command.main([*given, "--output", str(out), f"--batch-size={size}"]) == 0
+        texts.append(rows_of(out))
+    for row, alone in zip(*texts, strict=True):
+        np.testing.assert_allclose(
+            np.concatenate(row.pop("completion_log_probs")),
+            np.concatenate(alone["completion_log_probs"]),
+            rtol=1e-5,
+        )
+        assert row == {key: alone[key] for key in row}
+    for row in texts[1]:
+        assert len(row["completions"]) == 3 == len(set(row["completions"]))
+        for tokens, log_probs in zip(
+            row["completion_tokens"], row["completion_log_probs"], strict=True
+        ):
+            assert len(tokens) == len(log_probs)
+            assert all(value < 0 for value in log_probs)
+
+
+def test_a_stop_text_ends_a_completion_and_is_left_out(
+    adapter: Path,
+    tmp_path: Path,
+    write_jsonl: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = write_jsonl({"prompt": "word1"})
+    given = ["--adapter", str(adapter), "--prompts", source, "--max-new-tokens=12"]
+    assert command.main([*given, "--output", str(tmp_path / "a")]) == 0
+    whole = rows_of(tmp_path / "a")[0]["completion"]
+    word = whole.split()[3]
+    assert command.main([*given, "--output", str(tmp_path / "b"), "--stop", word]) == 0
+    assert rows_of(tmp_path / "b")[0]["completion"] == whole[: whole.index(word)]
+    capsys.readouterr()
+    argv = ["--adapter", str(adapter), "--prompt", "word1", "--max-new-tokens=12", "--stop", word]
+    assert command.main(argv) == 0
+    assert capsys.readouterr().out == whole[: whole.index(word)] + "\n"
+
+
+def test_an_interrupted_file_continues_and_another_run_does_not(
+    adapter: Path,
+    tmp_path: Path,
+    write_jsonl: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, out = write_jsonl(*({"prompt": f"word{i}"} for i in range(5))), tmp_path / "out.jsonl"
+    given = ["--adapter", str(adapter), "--prompts", source, "--output", str(out), "--batch-size=2"]
+    real, calls = Session.complete, list[int]()
+
+    def complete(self: Any, prompts: Any, first: int = 0, **options: Any) -> Any:
+        calls.append(first)
+        if first == 4 and len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(self, prompts, first, **options)
+
+    monkeypatch.setattr(Session, "complete", complete)
+    with pytest.raises(KeyboardInterrupt):
+        command.main([*given, MOST])
+    partial = out.with_name("out.jsonl.partial")
+    assert not out.exists()
+    assert len(rows_of(partial)) == 5  # the header and four rows
+    partial.write_bytes(partial.read_bytes() + b'{"prompt": "wor')
+    assert command.main([*given, "--max-new-tokens=7"]) == 2
+    assert "was begun with other rows, options or another model" in capsys.readouterr().err
+    assert command.main([*given, MOST]) == 0
+    assert calls == [0, 2, 4, 4]
+    assert [row["prompt"] for row in rows_of(out)] == [f"word{i}" for i in range(5)]
+    assert command.main([*given, MOST]) == 2
+    assert f"--output {out}: exists already; choose another file" in capsys.readouterr().err
+
+
+def test_rows_are_checked_before_the_model_is_loaded(
+    llama: str,
+    tmp_path: Path,
+    write_jsonl: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(session_module, "load_adapted", None)
+    source = write_jsonl({"a": 1})
+    assert (
+        command.main(["--model", llama, "--prompts", source, "--output", str(tmp_path / "o")]) == 2
+    )
+    assert "in.jsonl:1:1 (row 1): has no prompt, messages or instruction" in capsys.readouterr().err
+    assert (
+        command.main(["--model", llama, "--prompts", str(tmp_path / "no.jsonl"), "--output", "o"])
+        == 2
+    )
+
+
+def test_a_classifier_generates_no_text(
+    tiny_models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import jax
+
+    model, base = jaxpeft.load(tiny_models["bert"], task="sequence_classification", num_labels=2)
+    method = jaxpeft.LoRA(rank=2, targets=("query",))
+    params = jaxpeft.rewrite(method, base, jax.random.key(0))
+    jaxpeft.save_adapter(tmp_path / "a", method, params, model)
+    assert command.main(["--adapter", str(tmp_path / "a"), "--prompt", "x"]) == 2
+    assert (
+        "was trained for sequence_classification, which generates no text"
+        in capsys.readouterr().err
+    )
