@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
-_NUMBER = re.compile(r"-?\$?\s?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\$?\.\d+")
+# a minus belongs to the number unless it follows one, as in 16-3
+_NUMBER = re.compile(r"(?:(?<![\d.)])-)?\$?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 _MARK = "####"
 
 
@@ -21,11 +22,7 @@ def find_number(text: str) -> Decimal | None:
     found = _NUMBER.findall(answer if mark else text)
     if not found:
         return None
-    digits = re.sub(r"[$,\s]", "", found[0] if mark else found[-1])
-    try:
-        return Decimal(digits).normalize()
-    except InvalidOperation:
-        return None
+    return Decimal(re.sub(r"[$,]", "", found[0] if mark else found[-1])).normalize()
 
 
 def same_number(text: str, reference: str) -> bool:
