@@ -9,7 +9,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpeft.config.schema import Config
+from jaxpeft.config.schema import Config, as_dict
+from jaxpeft.data.examples.labeling import Labeling
 from jaxpeft.data.examples.make import CHATS
 from jaxpeft.data.pipeline import Splits
 from jaxpeft.data.tokens.token_arrays import Encoded
@@ -20,6 +21,21 @@ _PROBLEM_TYPES = {
     "multi_label": "multi_label_classification",
     "regression": "regression",
 }
+_READING = (
+    "format",
+    "columns",
+    "encoding",
+    "delimiter",
+    "quoting",
+    "header",
+    "field",
+    "label_separator",
+    "unlabeled",
+    "add_bos",
+    "add_eos",
+)
+"""Options of `config.data` that determine how rows are read and tokenized, recorded if they are not
+the defaults; `max_length` always is, and other settings have their own fields."""
 _INSPECTED_ROWS = 100
 """Number of rows inspected to find the token that ends an answer."""
 
@@ -50,6 +66,7 @@ def collect_artifacts(config: Config, splits: Splits) -> RunArtifacts:
         labels=examples.label_names,
         problem_type=_PROBLEM_TYPES.get(splits.problem),
         separator=config.data.separator if examples.kind == "prompt_completion" else None,
+        data=_reading(config, examples.labeling),
         pad_token_id=splits.pad_id,
         eos_token_id=(
             _end_of_answers(splits.train, splits.tokenizer) if examples.kind in CHATS else None
@@ -60,6 +77,15 @@ def collect_artifacts(config: Config, splits: Splits) -> RunArtifacts:
     return RunArtifacts(
         settings, tokenizer, examples.kind, examples.pairs is not None, used is not None
     )
+
+
+def _reading(config: Config, labeling: Labeling) -> dict[str, Any]:
+    """Return the data options to record, as plain values; the labels if integers are their ids."""
+    chosen = as_dict(config)["data"]
+    usual = as_dict(Config())["data"]
+    found = {name: chosen[name] for name in _READING if chosen[name] != usual[name]}
+    labels = {"labels": list(labeling.names)} if labeling.origin else {}
+    return {"max_length": config.data.max_length, **found, **labels}
 
 
 def answer_ends(tokenizer: Any) -> set[int]:

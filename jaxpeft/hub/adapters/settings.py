@@ -31,6 +31,8 @@ class Settings:
         problem_type: problem type of a sequence classifier, one of `PROBLEM_TYPES`.
         pooling: the sequence classifier's input; None for the architecture's own.
         separator: text between a prompt and its completion.
+        data: further options of the run's data by name, which determine how rows are read and
+            tokenized; None if unknown.
         pad_token_id: id of the padding token.
         eos_token_id: id of the token that ends an answer in the chat template.
         vocab_size: number of tokens of the model, including added ones.
@@ -45,6 +47,7 @@ class Settings:
     problem_type: str | None = None
     pooling: str | None = None
     separator: str | None = None
+    data: Mapping[str, Any] | None = None
     pad_token_id: int | None = None
     eos_token_id: int | None = None
     vocab_size: int | None = None
@@ -151,6 +154,7 @@ _MUST: Mapping[str, tuple[Any, str]] = {
     ),
     "pooling": (_is_text, "a name"),
     "separator": (_is_text, "text"),
+    "data": (lambda value: isinstance(value, dict), "an object"),
     "pad_token_id": (_is_token, "a token id"),
     "eos_token_id": (_is_token, "a token id"),
     "vocab_size": (_is_count, "a positive integer"),
