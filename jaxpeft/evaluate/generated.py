@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -39,12 +40,17 @@ class Generating:
         tests: column of the tests; None for a usual one.
     """
 
-    max_new_tokens: int
-    temperature: float
-    seed: int
-    batch_size: int
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+    batch_size: int = 32
     code: Literal["answer", "prompt"] | None = None
     tests: str | None = None
+
+    @property
+    def greedy(self) -> Generating:
+        """The same without sampling."""
+        return dataclasses.replace(self, temperature=0.0)
 
 
 def generate_texts(
@@ -52,7 +58,7 @@ def generate_texts(
 ) -> list[str]:
     """Return the text that a model generates after each prompt."""
     tokenizer, settings = loaded.tokenizer, loaded.settings
-    own = {settings.eos_token_id, tokenizer.eos_token_id} - {None}
+    own = {one for one in (settings.eos_token_id, tokenizer.eos_token_id) if one is not None}
     completions = complete(
         loaded.model,
         params,

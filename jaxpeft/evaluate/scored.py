@@ -108,8 +108,8 @@ def _score_single(logits: np.ndarray, labels: np.ndarray, names: Sequence[str]) 
         compute,
         {"loss": losses, "probability": probabilities[rows, labels]},
         {"accuracy": correct},
-        [names[i] for i in predicted],
-        [names[i] for i in labels],
+        [names[i] for i in predicted.tolist()],
+        [names[i] for i in labels.tolist()],
         class_scores(predicted, labels, names),
         confusion(predicted, labels, len(names)),
         calibrate(confidence, correct),
@@ -134,7 +134,7 @@ def _score_multi(
         return {**found, "loss": float(losses[chosen].mean()), "ece": ece}
 
     def named(table: np.ndarray) -> list[list[str]]:
-        return [[names[i] for i in np.flatnonzero(row)] for row in table]
+        return [[names[i] for i in np.flatnonzero(row).tolist()] for row in table]
 
     return Scored(
         compute,
@@ -176,7 +176,7 @@ def _score_tags(logits: Sequence[np.ndarray], encoded: Encoded, rows: PreparedRo
 
     def named(ids: np.ndarray) -> list[list[str]]:
         parts = np.split(ids, np.cumsum(sizes)[:-1])
-        return [[rows.labels[i] for i in part] for part in parts]
+        return [[rows.labels[i] for i in part.tolist()] for part in parts]
 
     return Scored(
         compute,
