@@ -110,8 +110,6 @@ def _run(args: EvaluateArguments) -> int:
         atomic.write_text(Path(args.json).expanduser(), text + "\n")
     if args.plot is not None:
         files = draw(Path(args.plot).expanduser(), found.own, found.rows.labels)
-        if not files:
-            raise ConfigError("--plot: there is nothing to plot for this problem; omit it")
         sys.stdout.write(f"plots: {', '.join(map(str, files))}\n")
     return 0
 
@@ -139,6 +137,7 @@ def _request(args: EvaluateArguments, data_options: dict[str, Any]) -> Any:
         ),
         general=None if args.general is None else General(args.general, args.general_prompts),
         thresholds=args.thresholds,
+        plots=args.plot is not None,
         load={"task": args.task, "dtype": args.dtype, "allow_base": args.allow_base},
         data_options=data_options,
     )

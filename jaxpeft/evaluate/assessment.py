@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxpeft.core.paths import Tree
-from jaxpeft.errors import ConfigError, DataError
+from jaxpeft.errors import ConfigError, DataError, show
 from jaxpeft.evaluate.evaluation_request import BASE, EvaluationRequest, shown_metrics
 from jaxpeft.evaluate.general_text import Forgetting, measure_forgetting
 from jaxpeft.evaluate.generated import require_answers, score_texts
@@ -21,12 +21,13 @@ from jaxpeft.evaluate.scored import Scored, constant_logits, score_logits, score
 from jaxpeft.evaluation.by_class import choose_thresholds
 from jaxpeft.evaluation.calibration import sigmoid
 from jaxpeft.evaluation.intervals import Contrast, Estimate, contrast, estimate
+from jaxpeft.hub.adapters.adapter_folder import read_adapter
 from jaxpeft.hub.base_head import read_head
-from jaxpeft.inference.adapted_model import AdaptedModel, load_adapted
+from jaxpeft.inference.adapted_model import AdaptedModel, adapter_folder, load_adapted
 from jaxpeft.logs import log_time
 
 _log = logging.getLogger(__name__)
-_CONSTANT = "most frequent class"
+_CONSTANT = "the best constant answer"
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def assess(request: EvaluationRequest) -> Assessment:
     Raises:
         JaxpeftError: An input is invalid.
     """
+    if request.against not in (None, BASE) and request.adapter is not None:
+        _require_one_task(request.adapter, Path(str(request.against)))
     loaded = _load(request, request.adapter)
     rows = _rows(request, loaded)
     names = shown_metrics(request, rows.problem, rows.labels)
@@ -150,9 +153,9 @@ def _other(
         return str(second.adapter), _score(request, second, second.params, theirs), ()
     if rows.problem != "lm" and not _has_head(loaded):
         note = (
-            f"the base {loaded.model.source.name} has no trained head for this task, so the adapter"
-            " is compared with the best constant answer: the class frequencies, or the mean, of"
-            " these rows"
+            f"the base {loaded.model.source.name} has no trained head for this task, so its answers"
+            " would be random; the adapter is compared with the best constant answer instead, the"
+            " class frequencies, or the mean, of these rows"
         )
         return _CONSTANT, score_logits(constant_logits(rows), rows), (note,)
     return f"base {loaded.model.source.name}", _score(request, loaded, loaded.base, rows), ()
@@ -164,13 +167,25 @@ def _has_head(loaded: AdaptedModel) -> bool:
     return head is not None and head.size == loaded.model.options.num_labels
 
 
+def _require_one_task(own: Path, other: Path) -> None:
+    """Refuse adapters of different tasks, before their bases are read.
+
+    Raises:
+        ConfigError: They differ in their task, their problem or their labels.
+    """
+    first, second = (read_adapter(adapter_folder(path)).settings for path in (own, other))
+    for name in ("task", "problem_type", "labels"):
+        mine, theirs = getattr(first, name), getattr(second, name)
+        if name == "labels":
+            mine, theirs = sorted(mine), sorted(theirs)
+        if mine and theirs and mine != theirs:
+            raise ConfigError(
+                f"--against: {other} was trained with {name} {show(theirs)}, but {own} with"
+                f" {show(mine)}; compare adapters of one task"
+            )
+
+
 def _require_same(own: PreparedRows, other: PreparedRows) -> None:
-    if own.problem != other.problem or set(own.labels) != set(other.labels):
-        raise ConfigError(
-            f"--against: was trained for another problem or other labels ({other.problem}:"
-            f" {', '.join(other.labels) or 'none'}) than the adapter ({own.problem}:"
-            f" {', '.join(own.labels) or 'none'}); compare adapters of one task"
-        )
     if not np.array_equal(own.kept, other.kept):
         raise DataError(
             f"{own.examples.rows.name}: the two adapters tokenize rows differently, and"

@@ -47,6 +47,7 @@ class EvaluationRequest:
         generating: how answers are generated.
         general: text on which forgetting is measured; None for none.
         thresholds: rows on which the thresholds of a multi-label classification are chosen.
+        plots: whether plots are wanted, which only classifiers have.
         load: further arguments of `load_adapted`.
         data_options: options of `config.data` that replace those of the adapter's run.
 
@@ -64,6 +65,7 @@ class EvaluationRequest:
     generating: Generating = field(default_factory=Generating)
     general: General | None = None
     thresholds: str | None = None
+    plots: bool = False
     load: Mapping[str, Any] = field(default_factory=dict[str, Any])
     data_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
@@ -116,6 +118,8 @@ def shown_metrics(request: EvaluationRequest, problem: str, labels: Sequence[str
         raise ConfigError(unknown)
     if request.generating.code and problem != "lm":
         raise ConfigError("--run-code: is for language models; omit it")
+    if request.plots and problem in ("lm", "regression"):
+        raise ConfigError(f"--plot: there is nothing to plot for problem {problem}; omit it")
     if not request.metrics:
         return [*own, *request.text_metrics]
     return list(dict.fromkeys([*request.metrics, *request.text_metrics]))

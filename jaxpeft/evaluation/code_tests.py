@@ -32,7 +32,7 @@ class CodeLimits:
     """Limits of a program.
 
     Attributes:
-        seconds: time, both of the processor and of the clock.
+        seconds: time.
         memory: address space in bytes.
         file_size: size of a file that it writes, in bytes.
     """
