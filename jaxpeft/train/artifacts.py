@@ -14,28 +14,13 @@ from jaxpeft.data.examples.labeling import Labeling
 from jaxpeft.data.examples.make import CHATS
 from jaxpeft.data.pipeline import Splits
 from jaxpeft.data.tokens.token_arrays import Encoded
-from jaxpeft.hub.adapters.settings import Settings
+from jaxpeft.hub.adapters.settings import DATA_OPTIONS, Settings
 
 _PROBLEM_TYPES = {
     "single_label": "single_label_classification",
     "multi_label": "multi_label_classification",
     "regression": "regression",
 }
-_READING = (
-    "format",
-    "columns",
-    "encoding",
-    "delimiter",
-    "quoting",
-    "header",
-    "field",
-    "label_separator",
-    "unlabeled",
-    "add_bos",
-    "add_eos",
-)
-"""Options of `config.data` that determine how rows are read and tokenized, recorded if they are not
-the defaults; `max_length` always is, and other settings have their own fields."""
 _INSPECTED_ROWS = 100
 """Number of rows inspected to find the token that ends an answer."""
 
@@ -83,9 +68,9 @@ def _reading(config: Config, labeling: Labeling) -> dict[str, Any]:
     """Return the data options to record, as plain values; the labels if integers are their ids."""
     chosen = as_dict(config)["data"]
     usual = as_dict(Config())["data"]
-    found = {name: chosen[name] for name in _READING if chosen[name] != usual[name]}
+    found = {name: chosen[name] for name in DATA_OPTIONS if chosen[name] != usual[name]}
     labels = {"labels": list(labeling.names)} if labeling.origin else {}
-    return {"max_length": config.data.max_length, **found, **labels}
+    return {**found, "max_length": config.data.max_length, **labels}
 
 
 def answer_ends(tokenizer: Any) -> set[int]:

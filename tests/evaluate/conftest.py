@@ -84,6 +84,8 @@ def trained(tiny_models: Mapping[str, Path], tmp_path_factory: Any) -> Callable[
             write_rows(rows, kind, 40)
         if kind == "text":
             options["optimizer__head_learning_rate"] = None
+        if kind == "regression":
+            options["data__problem"] = "regression"
         if kind == "tags":
             options["model__task"] = "token_classification"
         base = "single" if kind in ("multi", "answers") else kind

@@ -97,8 +97,12 @@ def test_recorded_options_are_checked(trained, evaluate, tmp_path):
     assert content["data"] == {"max_length": 16}
     file.write_text(json.dumps(content | {"data": {"max_length": -3}}))
     error = evaluate("--adapter", adapter, "--data", run.rows, fails=True)
-    assert "data.max_length: must be >= 2" in error or "max_length" in error
+    assert "data.max_length: must be at least 2, is -3" in error
     assert "data options are recorded in the adapter's jaxpeft.json" in error
+    # no other option may come from an adapter, which could name a file
+    file.write_text(json.dumps(content | {"data": {"chat_template": "/etc/passwd"}}))
+    error = evaluate("--adapter", adapter, "--data", run.rows, fails=True)
+    assert "data: must be an object of format, columns, encoding" in error
     # an older version recorded none
     del content["data"]
     file.write_text(json.dumps(content))
