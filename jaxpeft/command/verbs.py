@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-VERBS = ("train", "compare", "data", "plan", "export", "generate")
+VERBS = ("train", "compare", "data", "plan", "generate", "evaluate", "export")
 
 
 def command_line(verb: str) -> ModuleType:

@@ -7,7 +7,6 @@ import difflib
 import importlib.util
 import json
 import logging
-import re
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import ml_collections
 from jaxpeft import methods
 from jaxpeft.config import plain_files
 from jaxpeft.config.data_config import ESCAPED
-from jaxpeft.config.literals import read_value
+from jaxpeft.config.literals import read_value, unescape
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.core.method import Method
 from jaxpeft.core.option_docs import default_of
@@ -27,7 +26,6 @@ from jaxpeft.errors import ConfigError, nearest, shorten, show
 from jaxpeft.methods import METHODS
 
 _log = logging.getLogger(__name__)
-_ESCAPE, _ESCAPES = re.compile(r"\\([ntr\\])"), {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 _DEEPEST = 2
 """Maximum number of names in a dotted option: section and option."""
 
@@ -237,7 +235,7 @@ def _override(values: dict[str, Any], option: str, text: str) -> list[str]:
     if not isinstance(node.get(last), dict) or typing.get_origin(hint) is dict:
         node[last] = read_value(text, hint, _reader(option, values))
         if option in ESCAPED and node[last] == text:
-            node[last] = _ESCAPE.sub(lambda match: _ESCAPES[match[1]], text)
+            node[last] = unescape(text)
         return []
     return [f"--config.{option}: is a section; set one of its options: {', '.join(node[last])}"]
 

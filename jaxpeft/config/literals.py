@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxpeft.core.options import Reader, convert
 
+_ESCAPE, _ESCAPES = re.compile(r"\\([ntr\\])"), {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 _NAMED = {"true": True, "false": False, "none": None}
 
 
@@ -38,6 +39,11 @@ def read_value(text: str, hint: Any, read: Reader | None = None) -> Any:
         if not convert(candidate, hint, "", read)[1]:
             return candidate
     return literal
+
+
+def unescape(text: str) -> str:
+    r"""Return text with `\n`, `\t`, `\r` and `\\` as in Python, for texts from the command line."""
+    return _ESCAPE.sub(lambda match: _ESCAPES[match[1]], text)
 
 
 def _literal(text: str) -> Any:

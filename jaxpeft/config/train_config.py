@@ -127,6 +127,7 @@ class EvaluationConfig:
             "f1",
             "f1_macro",
             "f1_micro",
+            "f1_weighted",
             "precision",
             "recall",
             "tag_f1",

@@ -16,7 +16,7 @@ TaskKind = Literal["single_label", "multi_label", "regression", "token"]
 Metrics = dict[str, float]
 
 FIGURES: dict[str, tuple[str, ...]] = {
-    "single_label": ("accuracy", "f1_macro", "mcc"),
+    "single_label": ("accuracy", "f1_macro", "f1_weighted", "mcc"),
     "multi_label": ("f1_micro", "f1_macro", "accuracy"),
     "regression": ("pearson", "spearman", "mse"),
     "token": ("accuracy", "tag_f1", "tag_f1_macro"),
@@ -65,7 +65,8 @@ def classification_metrics(
             last axis is the sequence.
 
     Returns:
-        single_label: accuracy, f1_macro, mcc, and for two classes f1 of class 1.
+        single_label: accuracy, f1_macro, f1_weighted (weighted by the number of rows of each
+            class), mcc, and for two classes f1 of class 1.
         multi_label: accuracy (all labels of a row correct), f1_micro, f1_macro.
         regression: pearson, spearman, mse.
         token: accuracy, tag_f1 (micro-averaged over all tags but `O`) and tag_f1_macro (over all
@@ -110,7 +111,7 @@ def lm_metrics(total_loss: float, total_tokens: float) -> Metrics:
 
 
 def _single(predictions: np.ndarray, labels: np.ndarray) -> Metrics:
-    from sklearn.metrics import f1_score, matthews_corrcoef
+    from sklearn.metrics import matthews_corrcoef, precision_recall_fscore_support
 
     predicted = _ids(predictions, labels)
     classes = (
@@ -118,10 +119,12 @@ def _single(predictions: np.ndarray, labels: np.ndarray) -> Metrics:
         if predictions.ndim == labels.ndim + 1
         else int(max(predicted.max(), labels.max())) + 1
     )
-    score: Any = f1_score
+    score: Any = precision_recall_fscore_support
+    _, _, f1, support = score(labels, predicted, zero_division=0)
     metrics = {
         "accuracy": float((predicted == labels).mean()),
-        "f1_macro": float(score(labels, predicted, average="macro", zero_division=0)),
+        "f1_macro": float(f1.mean()),
+        "f1_weighted": float(f1 @ support / support.sum()),
         # scikit-learn warns if there is a single class; the correlation is 0 then.
         "mcc": (
             float(matthews_corrcoef(labels, predicted))
@@ -130,7 +133,10 @@ def _single(predictions: np.ndarray, labels: np.ndarray) -> Metrics:
         ),
     }
     if classes == 2:
-        metrics["f1"] = float(score(labels == 1, predicted == 1, average="binary", zero_division=0))
+        true_positives = int(((predicted == 1) & (labels == 1)).sum())
+        metrics["f1"] = _f1(true_positives, int((predicted == 1).sum()), int((labels == 1).sum()))[
+            "f1"
+        ]
     return metrics
 
 

@@ -9,11 +9,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpeft.config.schema import Config
+from jaxpeft.config.schema import Config, as_dict
+from jaxpeft.data.examples.labeling import Labeling
 from jaxpeft.data.examples.make import CHATS
 from jaxpeft.data.pipeline import Splits
 from jaxpeft.data.tokens.token_arrays import Encoded
-from jaxpeft.hub.adapters.settings import Settings
+from jaxpeft.hub.adapters.settings import DATA_OPTIONS, Settings
 
 _PROBLEM_TYPES = {
     "single_label": "single_label_classification",
@@ -50,6 +51,7 @@ def collect_artifacts(config: Config, splits: Splits) -> RunArtifacts:
         labels=examples.label_names,
         problem_type=_PROBLEM_TYPES.get(splits.problem),
         separator=config.data.separator if examples.kind == "prompt_completion" else None,
+        data=_reading(config, examples.labeling),
         pad_token_id=splits.pad_id,
         eos_token_id=(
             _end_of_answers(splits.train, splits.tokenizer) if examples.kind in CHATS else None
@@ -60,6 +62,15 @@ def collect_artifacts(config: Config, splits: Splits) -> RunArtifacts:
     return RunArtifacts(
         settings, tokenizer, examples.kind, examples.pairs is not None, used is not None
     )
+
+
+def _reading(config: Config, labeling: Labeling) -> dict[str, Any]:
+    """Return the data options to record, as plain values; the labels if integers are their ids."""
+    chosen = as_dict(config)["data"]
+    usual = as_dict(Config())["data"]
+    found = {name: chosen[name] for name in DATA_OPTIONS if chosen[name] != usual[name]}
+    labels = {"labels": list(labeling.names)} if labeling.origin else {}
+    return {**found, "max_length": config.data.max_length, **labels}
 
 
 def answer_ends(tokenizer: Any) -> set[int]:

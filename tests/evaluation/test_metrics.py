@@ -22,6 +22,7 @@ def test_single_label_agrees_with_scikit_learn():
         {
             "accuracy": accuracy_score(labels, made),
             "f1_macro": f1_score(labels, made, average="macro"),
+            "f1_weighted": f1_score(labels, made, average="weighted"),
             "mcc": matthews_corrcoef(labels, made),
         }
     )
@@ -31,7 +32,9 @@ def test_single_label_agrees_with_scikit_learn():
 def test_two_classes_have_the_f1_of_the_second():
     logits = np.array([[0, 1], [0, 1], [1, 0], [1, 0]], np.float32)
     metrics = classification_metrics(logits, np.array([1, 0, 0, 1]), "single_label")
-    assert metrics == pytest.approx({"accuracy": 0.5, "f1_macro": 0.5, "mcc": 0.0, "f1": 0.5})
+    assert metrics == pytest.approx(
+        {"accuracy": 0.5, "f1_macro": 0.5, "f1_weighted": 0.5, "mcc": 0.0, "f1": 0.5}
+    )
 
 
 @pytest.mark.parametrize("label", [0, 1])
@@ -124,8 +127,8 @@ def test_token_labels_of_minus_100_are_ignored():
 @pytest.mark.parametrize(
     ("problem", "labels", "figures"),
     [
-        ("single_label", ("a", "b", "c"), "accuracy f1_macro mcc"),
-        ("single_label", ("a", "b"), "accuracy f1_macro mcc f1"),
+        ("single_label", ("a", "b", "c"), "accuracy f1_macro f1_weighted mcc"),
+        ("single_label", ("a", "b"), "accuracy f1_macro f1_weighted mcc f1"),
         ("multi_label", ("a", "b"), "f1_micro f1_macro accuracy"),
         ("regression", (), "pearson spearman mse"),
         ("token", ("NOUN", "VERB"), "accuracy tag_f1 tag_f1_macro"),

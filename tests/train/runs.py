@@ -114,34 +114,40 @@ def write_config(path: Path, model: Path, rows: Path, **options: Any) -> Path:
     return path
 
 
+def short_config(
+    models: Mapping[str, Path], folder: Path, kind: str, method: str = "lora", **options: Any
+) -> Config:
+    """Make the config of a short run, whose rows are written to a folder; options by
+    `section__option=value`.
+    """
+    values = defaults(method).to_dict()
+    text = kind == "text"
+    values["model"] |= {"path": str(models["llama" if text else "bert"])}
+    values["model"]["task"] = "causal_lm" if text else "sequence_classification"
+    values["data"] |= {"train": str(write_rows(folder / f"{kind}.jsonl", kind)), "max_length": 16}
+    values["data"]["validation_share"] = 0.2
+    values["train"] |= {"steps": 6, "batch_size": 8}
+    values["optimizer"] |= {"learning_rate": 1e-2, "warmup_steps": 2}
+    values["log"] |= {"every_steps": 1, "tensorboard": False, "plot": False, "progress": "off"}
+    if not options.get("data__packing"):
+        values["data"]["lengths"] = (options.get("data__max_length", 16),)
+    for name, value in options.items():
+        section, _, option = name.partition("__")
+        if option:
+            values[section][option] = value
+        else:
+            values[section] = value
+    config, problems = parse_config(values)
+    assert not problems, problems
+    assert config is not None
+    return config
+
+
 @pytest.fixture
 def make_config(tiny_models: Mapping[str, Path], tmp_path: Path) -> Callable[..., Config]:
     """Make the config of a short run; options by `section__option=value`."""
 
     def make(kind: str = "single", method: str = "lora", **options: Any) -> Config:
-        values = defaults(method).to_dict()
-        text = kind == "text"
-        values["model"] |= {"path": str(tiny_models["llama" if text else "bert"])}
-        values["model"]["task"] = "causal_lm" if text else "sequence_classification"
-        values["data"] |= {
-            "train": str(write_rows(tmp_path / f"{kind}.jsonl", kind)),
-            "max_length": 16,
-        }
-        values["data"]["validation_share"] = 0.2
-        values["train"] |= {"steps": 6, "batch_size": 8}
-        values["optimizer"] |= {"learning_rate": 1e-2, "warmup_steps": 2}
-        values["log"] |= {"every_steps": 1, "tensorboard": False, "plot": False, "progress": "off"}
-        if not options.get("data__packing"):
-            values["data"]["lengths"] = (options.get("data__max_length", 16),)
-        for name, value in options.items():
-            section, _, option = name.partition("__")
-            if option:
-                values[section][option] = value
-            else:
-                values[section] = value
-        config, problems = parse_config(values)
-        assert not problems, problems
-        assert config is not None
-        return config
+        return short_config(tiny_models, tmp_path, kind, method, **options)
 
     return make

@@ -18,6 +18,22 @@ from jaxpeft.quant.quantize import read_quant
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 """Problem types of a sequence classifier, named as in the `config.json` of `transformers`."""
+DATA_OPTIONS = (
+    "format",
+    "columns",
+    "encoding",
+    "delimiter",
+    "quoting",
+    "header",
+    "field",
+    "labels",
+    "label_separator",
+    "unlabeled",
+    "max_length",
+    "add_bos",
+    "add_eos",
+)
+"""Options of `config.data` that `Settings.data` records, if they are not the defaults."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,8 @@ class Settings:
         problem_type: problem type of a sequence classifier, one of `PROBLEM_TYPES`.
         pooling: the sequence classifier's input; None for the architecture's own.
         separator: text between a prompt and its completion.
+        data: further options of `config.data` by name, some of `DATA_OPTIONS`, as plain values;
+            they determine how rows are read and tokenized.
         pad_token_id: id of the padding token.
         eos_token_id: id of the token that ends an answer in the chat template.
         vocab_size: number of tokens of the model, including added ones.
@@ -45,6 +63,7 @@ class Settings:
     problem_type: str | None = None
     pooling: str | None = None
     separator: str | None = None
+    data: Mapping[str, Any] | None = None
     pad_token_id: int | None = None
     eos_token_id: int | None = None
     vocab_size: int | None = None
@@ -151,6 +170,10 @@ _MUST: Mapping[str, tuple[Any, str]] = {
     ),
     "pooling": (_is_text, "a name"),
     "separator": (_is_text, "text"),
+    "data": (
+        lambda value: isinstance(value, dict) and set(value) <= set(DATA_OPTIONS),
+        f"an object of {', '.join(DATA_OPTIONS)}",
+    ),
     "pad_token_id": (_is_token, "a token id"),
     "eos_token_id": (_is_token, "a token id"),
     "vocab_size": (_is_count, "a positive integer"),

@@ -1,0 +1,197 @@
+"""The result of an evaluation as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from jaxpeft.evaluate.assessment import Assessment
+from jaxpeft.evaluate.general_text import Forgetting
+from jaxpeft.evaluate.result_json import changed, lower_is_better, shown_input, worst
+from jaxpeft.evaluation.intervals import Contrast, Estimate
+from jaxpeft.evaluation.metrics import LOWER_IS_BETTER
+from jaxpeft.evaluation.paired import count_wins, mcnemar
+
+_MOST_CLASSES, _MOST_CONFUSED, _LONGEST = 30, 10, 70
+_LOWER = LOWER_IS_BETTER | {"bits_per_byte", "ece"}
+
+
+def report(found: Assessment, count: int) -> str:
+    """Return the result of an evaluation as text.
+
+    Args:
+        found: the result.
+        count: number of changed and of worst rows to show.
+    """
+    rows = found.rows
+    lines = [
+        f"{found.title} on {len(found.own)} rows of {rows.examples.rows.name}",
+        *([f"compared with {found.other_title}"] if found.other_title else []),
+        *found.notes,
+    ]
+    dropped = len(rows.examples) - len(found.own)
+    if dropped:
+        lines.append(f"{dropped} rows have no token in the loss and are not evaluated")
+    lines += ["", *_metrics(found.metrics, found), *_paired(found)]
+    if found.forgetting is not None:
+        lines += ["", *_forgetting(found.forgetting, found)]
+    lines += [*_classes(found), *_confusion(found), *_thresholds(found)]
+    lines += [*_changed_rows(found, count), *_worst_rows(found, count)]
+    return "\n".join(lines)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return aligned lines: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in (header, *rows)
+    ]
+
+
+def _metrics(metrics: Mapping[str, Estimate | Contrast], found: Assessment) -> list[str]:
+    level = f"{found.request.bootstrap.level:.0%} interval"
+    named = {
+        f"{name} (lower is better)" if name in _LOWER else name: one
+        for name, one in metrics.items()
+    }
+    if not any(isinstance(one, Contrast) for one in named.values()):
+        cells = [
+            [name, *_estimate(one)] for name, one in named.items() if isinstance(one, Estimate)
+        ]
+        return table(["metric", "value", level], cells)
+    header = ["metric", "value", level, "other", level, "difference", level, "p"]
+    cells = [
+        [
+            name,
+            *_estimate(one.own),
+            *_estimate(one.other),
+            *_estimate(one.difference, "+"),
+            "-" if one.p is None else f"{one.p:.3f}",
+        ]
+        for name, one in named.items()
+        if isinstance(one, Contrast)
+    ]
+    return table(header, cells)
+
+
+def _estimate(one: Estimate, sign: str = "") -> list[str]:
+    if one.low is None or one.high is None:
+        return [f"{one.value:{sign}.4f}", "-"]
+    return [f"{one.value:{sign}.4f}", f"{one.low:{sign}.4f} to {one.high:{sign}.4f}"]
+
+
+def _paired(found: Assessment) -> Iterator[str]:
+    own, other = found.own, found.other
+    if other is None:
+        return
+    yield ""
+    for name, scores in own.scores.items():
+        one = count_wins(scores, other.scores[name], lower_is_better=lower_is_better(name))
+        yield (
+            f"{name} by row: better in {one.wins}, worse in {one.losses}, equal in {one.ties}"
+            f" (sign test p = {one.p:.3g})"
+        )
+    for name, right in own.correct.items():
+        test = mcnemar(right, other.correct[name])
+        yield (
+            f"{name}: only this model right in {test.only_own}, only the other in"
+            f" {test.only_other}, both in {test.both}, neither in {test.neither} (McNemar p ="
+            f" {test.p:.3g})"
+        )
+
+
+def _forgetting(one: Forgetting, found: Assessment) -> Iterator[str]:
+    yield f"forgetting, on {one.rows} rows of {one.path} (other: the base)"
+    yield from _metrics(one.metrics, found)
+    value, interval = _estimate(one.divergence)
+    yield f"divergence of the next token from the base's: {value} nats ({interval})"
+    if one.changed is not None:
+        value, interval = _estimate(one.changed)
+        yield f"share of {len(one.answers)} greedy answers that changed: {value} ({interval})"
+
+
+def _classes(found: Assessment) -> Iterator[str]:
+    classes = found.own.classes
+    if not classes:
+        return
+    shown = sorted(classes, key=lambda one: one.f1)[:_MOST_CLASSES]
+    yield ""
+    if len(shown) < len(classes):
+        yield f"the {len(shown)} of {len(classes)} classes with the lowest F1 (--json has all):"
+    cells = [
+        [one.label, *(f"{x:.3f}" for x in (one.precision, one.recall, one.f1)), str(one.support)]
+        for one in (shown if len(shown) < len(classes) else classes)
+    ]
+    yield from table(["class", "precision", "recall", "F1", "rows"], cells)
+
+
+def _confusion(found: Assessment) -> Iterator[str]:
+    matrix, labels = found.own.confusion, found.rows.labels
+    if matrix is None:
+        return
+    yield ""
+    if len(labels) <= _MOST_CONFUSED:
+        yield from table(
+            ["true \\ predicted", *labels],
+            [[label, *map(str, row)] for label, row in zip(labels, matrix.tolist(), strict=True)],
+        )
+        return
+    pairs = [
+        (int(matrix[i, j]), labels[i], labels[j])
+        for i in range(len(labels))
+        for j in range(len(labels))
+        if i != j and matrix[i, j]
+    ]
+    most = sorted(pairs, key=lambda pair: -pair[0])[:_MOST_CONFUSED]
+    yield "most frequent confusions:"
+    yield from table(["true", "predicted", "rows"], [[a, b, str(n)] for n, a, b in most])
+
+
+def _thresholds(found: Assessment) -> Iterator[str]:
+    if found.thresholds is None:
+        return
+    yield ""
+    yield f"thresholds, chosen on {found.request.thresholds}:"
+    cells = zip(found.rows.labels, found.thresholds.tolist(), strict=True)
+    yield from table(["label", "threshold"], [[label, f"{cut:.3f}"] for label, cut in cells])
+
+
+def _changed_rows(found: Assessment, count: int) -> Iterator[str]:
+    other = found.other
+    if other is None or not other.predictions:
+        return
+    rows = changed(found)
+    yield ""
+    yield f"{len(rows)} of {len(found.own)} predictions differ" + (":" if rows[:count] else "")
+    for i in rows[:count]:
+        yield _line(found, i)
+        yield f"    other: {_short(other.predictions[i])}"
+
+
+def _worst_rows(found: Assessment, count: int) -> Iterator[str]:
+    name = next(iter(found.own.scores))
+    yield ""
+    yield f"worst rows, by {name}:"
+    for i in worst(found, count):
+        yield _line(found, i)
+        if found.own.truth:
+            yield f"    {name} {found.own.scores[name][i]:.4f}"
+
+
+def _line(found: Assessment, at: int) -> str:
+    own, examples = found.own, found.rows.examples
+    where = examples.rows.where(int(found.rows.kept[at]))
+    line = f"  {where.rsplit('/', 1)[-1]}: {_short(shown_input(found, at))}"
+    if not own.predictions:
+        name = next(iter(own.scores))
+        return f"{line}\n    {name} {own.scores[name][at]:.4f}"
+    return f"{line}\n    truth: {_short(own.truth[at])}\n    model: {_short(own.predictions[at])}"
+
+
+def _short(value: Any) -> str:
+    text = " ".join((", ".join(map(str, value)) if isinstance(value, list) else str(value)).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
