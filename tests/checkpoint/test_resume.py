@@ -77,6 +77,7 @@ def figures(folder: Path) -> list[dict[str, Any]]:
     return [line for line in lines if len(line) > 1]
 
 
+@pytest.mark.slow  # test_job has a quicker one
 def test_a_finished_run_started_again_gives_its_result_without_training(
     config: Config, tmp_path: Path
 ) -> None:

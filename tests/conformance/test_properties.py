@@ -35,6 +35,9 @@ def close(a: Any, b: Any, tolerance: float = TOLERANCE) -> bool:
 
 
 @every_subject
+@pytest.mark.representatives(
+    "lora-*", "oft-*", "ia3-*", "prefix-*", "prompt-*", "adapter houlsby-*"
+)
 def test_a_fresh_adapter_leaves_the_output_bit_identical_op_by_op_or_says_why_not(
     subject: Subject,
 ) -> None:
@@ -148,6 +151,7 @@ def test_scanned_and_unrolled_layers_give_the_same_numbers(subject: Subject) -> 
 
 
 @every_method(scan=False, kind="bert")
+@pytest.mark.representatives("lora-*", "oft-*", "ia3-*", "prefix-*", "adapter houlsby-*")
 def test_it_works_in_bfloat16_and_under_vmap(subject: Subject) -> None:
     model, params = subject.model, subject.moved
     halved = load(subject.kind, dtype=jnp.bfloat16, scan_layers=subject.scan)[0]
@@ -168,6 +172,7 @@ def test_it_works_in_bfloat16_and_under_vmap(subject: Subject) -> None:
 
 
 @every_method(scan=True, kind="llama")
+@pytest.mark.representatives("lora-*", "vera-*", "prefix-*", "adapter houlsby-*", "mixed-*")
 def test_it_works_under_remat_and_sharded(subject: Subject) -> None:
     model, params = subject.model, subject.moved
     remat = load(subject.kind, scan_layers=subject.scan, remat="full")[0]
@@ -233,6 +238,7 @@ def test_it_computes_on_a_quantized_base(subject: Subject) -> None:
 
 
 @every_method(scan=False)
+@pytest.mark.representatives("lora-*", "ln_tuning-*", "prompt-*", "mixed-*")
 def test_interrupted_and_restored_it_goes_on_bit_by_bit(subject: Subject, tmp_path: Any) -> None:
     begun = subject.begun
     state, _ = subject.step(begun[0], begun[1])

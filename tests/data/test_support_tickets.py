@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from itertools import combinations
 
+import numpy as np
 import pytest
 
 from jaxpeft.data import make_examples, read_rows
@@ -45,12 +45,13 @@ def test_no_two_rows_are_nearly_the_same(rows: dict[str, list[tuple[str, str]]])
     texts = [text for split in SPLITS for text, _ in rows[split]]
     for shared, most in ((words, 0.6), (grams, 0.5)):
         parts = [shared(text) for text in texts]
-        near = [
-            (texts[i], texts[j])
-            for (i, a), (j, b) in combinations(enumerate(parts), 2)
-            if len(a & b) >= most * (len(a) + len(b) - len(a & b))
-        ]
-        assert not near
+        place = {part: i for i, part in enumerate(sorted(frozenset().union(*parts)))}
+        there = np.zeros((len(parts), len(place)), np.float32)
+        for row, part in zip(there, parts, strict=True):
+            row[[place[each] for each in part]] = 1
+        both, sizes = there @ there.T, there.sum(1)
+        near = np.triu(both >= most * (sizes[:, None] + sizes - both), 1)
+        assert not [(texts[i], texts[j]) for i, j in np.argwhere(near)]
 
 
 def test_the_rows_are_plain_text_without_addresses(rows: dict[str, list[tuple[str, str]]]) -> None:

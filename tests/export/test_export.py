@@ -150,10 +150,8 @@ MERGED = {
 @pytest.mark.parametrize(("method", "kind", "task", "scan"), MERGED.values(), ids=MERGED)
 @pytest.mark.representatives(
     "biases",
-    "classes of llama",
     "dora llama scanned",
     "ia3 bert scanned",
-    "lora roberta scanned",
     "methods at one site",
     "saved modules",
     "tokens of distilbert",
@@ -182,6 +180,7 @@ def test_transformers_gives_the_logits_of_the_adapter_beside_its_base(
 @pytest.mark.parametrize(
     ("kind", "task"), [("bert", SEQUENCE), ("llama", SEQUENCE), ("bert", TOKENS)]
 )
+@pytest.mark.representatives("bert-token_classification", "llama-sequence_classification")
 def test_a_backbone_gets_the_head_that_was_trained_on_it(make, reference, tmp_path, kind, task):
     made = make(LORA, kind, task, base=reference(kind, ENCODER).folder)
     made.export(tmp_path / "merged")
@@ -290,7 +289,7 @@ def test_tokenizer_and_generation_config_come_along(make, tmp_path, reference):
         ("llama", "mean", "last"),
     ],
 )
-@pytest.mark.representatives("bert-mean-pooler", "llama-mean-last")
+@pytest.mark.representatives("llama-mean-last")
 def test_a_pooling_that_transformers_does_not_know_is_refused(make, tmp_path, kind, pooling, own):
     method = jaxpeft.LoRA(targets="all-linear")
     made = make(method, kind, pooling=pooling)
@@ -396,7 +395,7 @@ def test_numbers_that_float16_cannot_hold_are_refused(make, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
-@pytest.mark.representatives("nf4")
+@pytest.mark.representatives("int8")
 def test_the_base_is_rounded_as_the_adapter_s_was(make, tmp_path, caplog, form):
     """All kernels that were quantized, and not only those that the adapter is on."""
     made = make(jaxpeft.LoRA(rank=4, targets=("query",)), quant=form)
@@ -712,6 +711,7 @@ def test_the_name_of_the_base_stays_wherever_it_lies_here(make, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "llama"])
+@pytest.mark.representatives("bert", "llama")
 def test_an_adapter_of_the_real_peft_is_merged_with_its_head(reference, tmp_path, kind):
     """Its base has no head, and nothing but the adapter's own head tells the number of labels."""
     base, task = reference(kind, ENCODER).folder, SEQUENCE

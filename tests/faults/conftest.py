@@ -17,6 +17,7 @@ import logging
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -296,6 +297,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_models: Mapping[str, Pa
     done = made()
     assert done.returncode == 0, done.stderr
     return made
+
+
+def cut_short(job: Job, whole: Job) -> int:
+    """Copy the run that nothing happened to, as if it had been killed after its last step but one
+    that was saved; return that step.
+    """
+    shutil.copytree(whole.workdir, job.workdir)
+    shutil.rmtree(job.workdir / "adapter")
+    shutil.rmtree(job.checkpoints / str(job.steps[-1]))
+    return job.steps[-1]
 
 
 def damage(file: Path, how: str) -> None:

@@ -18,14 +18,14 @@ OPTIONS = (
 
 
 def _goes_on(job: Job, marks: Marks, done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No process is left, and the same command goes on from what was saved before the fault."""
+    """No process is left, and without workers the run goes on from what was saved before the fault."""
     assert multiprocessing.active_children() == []
     marks.in_time(done)
     before = files(job.checkpoints)
     assert max(job.steps) >= 1
     monkeypatch.undo()
     again = job.here(
-        "--config.data.workers=1",
+        "--config.data.workers=0",
         "--config.checkpoint.every_steps=1",
         "--config.checkpoint.keep=99",
     )

@@ -112,7 +112,8 @@ CODES = {
 
 @pytest.mark.parametrize(("do", "code"), CODES.values(), ids=list(CODES))
 def test_exit_code(do: str, code: int, stubs: Stubs, tmp_path: Path) -> None:
-    _, env = started(stubs, tmp_path, do, PROCESSES="2", GRACE="3")
+    # who stays is killed after the grace; who saves ends within it
+    _, env = started(stubs, tmp_path, do, PROCESSES="2", GRACE="1" if "stay" in do else "3")
     began = time.monotonic()
     assert bash(LOCAL, "--config", "a.py", env=env).returncode == code
     assert time.monotonic() - began < 8, "it waited for a process that it should have killed"

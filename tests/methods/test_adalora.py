@@ -206,6 +206,7 @@ def test_it_goes_on_from_a_checkpoint_bit_by_bit(tmp_path: Path) -> None:
     whole.run(7)
     for at in (3, 5, 6):
         first, second = (Training(method, 7, scan=True) for _ in range(2))
+        first.step = second.step = whole.step  # one program
         first.run(at)
         checkpoints = Checkpoints(tmp_path / str(at), 1)
         checkpoints.save(at, first.state, None, {})

@@ -61,7 +61,7 @@ def windowed(scan: bool) -> Any:
     model = models.build(
         config, ModelOptions(task="causal_lm", num_labels=None, dtype=jnp.float32, scan_layers=scan)
     )
-    return model, model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
+    return model, jax.jit(model.init)(jax.random.key(0), jnp.ones((1, 4), jnp.int32))["params"]
 
 
 # -------------------------------------------------------------------------------------- packed rows
@@ -83,12 +83,11 @@ def test_a_packed_row_of_a_decoder_gives_the_logits_of_its_texts_alone(
     model, base = load("llama") if kind == "llama" else windowed(scan=True)
     params = adapted(method, base)
     ids, segments = packed()
-    together = np.asarray(jaxpeft.apply(model, params, ids, segment_ids=segments))[0]
-    alone = [
-        jaxpeft.apply(model, params, BATCH.ids[row : row + 1, : LENGTHS[row]])[0] for row in (1, 2)
-    ]
+    run = jax.jit(partial(jaxpeft.apply, model))
+    together = np.asarray(run(params, ids, segment_ids=segments))[0]
+    alone = [run(params, BATCH.ids[row : row + 1, : LENGTHS[row]])[0] for row in (1, 2)]
     np.testing.assert_allclose(together, np.concatenate(alone), atol=2e-5)
-    assert np.abs(together - jaxpeft.apply(model, base, ids, segment_ids=segments)[0]).max() > 0.02
+    assert np.abs(together - run(base, ids, segment_ids=segments)[0]).max() > 0.02
 
 
 def test_an_encoder_packs_texts_behind_a_past_and_not_behind_a_prompt() -> None:
@@ -135,8 +134,9 @@ def test_a_past_and_a_prompt_stand_one_behind_the_other() -> None:
         **tree,
     }  # the tree alone decides, whatever made its leaves
     written = np.concatenate([np.tile([*front, *behind], (3, 1)), BATCH.ids], axis=1)
-    wanted = jaxpeft.apply(model, base, written)[:, 5:]
-    np.testing.assert_allclose(jaxpeft.apply(model, tree, BATCH.ids), wanted, atol=2e-5)
+    compute = jax.jit(partial(jaxpeft.apply, model))
+    wanted = compute(base, written)[:, 5:]
+    np.testing.assert_allclose(compute(tree, BATCH.ids), wanted, atol=2e-5)
 
 
 # ------------------------------------------------------------------------------------ other modules
@@ -309,7 +309,7 @@ def test_a_llama_classifier_reads_the_last_token_where_the_real_peft_reads_the_l
     np.testing.assert_allclose(found[full], theirs[full], atol=1e-5)
     assert np.abs(found - theirs)[np.invert(full)].max() > 0.02
     for row, length in enumerate(LENGTHS):  # what the row gives by itself, in the real peft as well
-        alone = jaxpeft.apply(model, params, batch.ids[row : row + 1, :length])
+        alone = jax.jit(partial(jaxpeft.apply, model))(params, batch.ids[row : row + 1, :length])
         np.testing.assert_allclose(found[row], alone[0], atol=1e-5)
 
 

@@ -152,6 +152,7 @@ def test_the_tensor_names_of_old_tensorflow_checkpoints(reference, padded, tmp_p
 
 
 @pytest.mark.parametrize(("kind", "most"), [("bert", 40), ("roberta", 38), ("distilbert", 40)])
+@pytest.mark.representatives("roberta-*", "distilbert-*")
 def test_a_row_longer_than_the_position_table_is_refused(reference, kind, most):
     import jaxpeft
 

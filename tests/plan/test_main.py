@@ -259,19 +259,13 @@ def test_where_every_strategy_is_refused_the_reasons_are_the_answer(tmp_path, ca
     assert capsys.readouterr().err.endswith(said)
 
 
-def test_nothing_fits(tmp_path):
-    found, printed = planned(
-        tmp_path,
-        "--topology",
-        "cpu:8",
-        "--hbm",
-        "0.01",
-        "--strategies",
-        "fsdp",
-        "--tries",
-        "0",
-        code=plan.NONE_FITS,
-    )
+def test_nothing_fits(tmp_path, capsys):
+    file, described = write(tmp_path)
+    files = ["--config", str(file), "--model-config", str(described)]
+    words = ["--topology", "cpu:8", "--hbm", "0.01", "--strategies", "fsdp", "--tries", "0"]
+    out = tmp_path / "plan.json"
+    assert plan.main([*files, *words, "--json", str(out)]) == plan.NONE_FITS
+    found, printed = json.loads(out.read_text()), capsys.readouterr().out
     assert found["best"] is None
     assert found["rows"][0]["verdict"].startswith("does not fit, by 0.")
     assert "best: none (no strategy fits)" in printed

@@ -94,7 +94,7 @@ def test_every_strategy_goes_over_processes(
         data__packing=True,
         **given,
     )
-    assert_same(ran(config, 1, 4), ran(config, 2, 2), shared=strategy == "sequence")
+    assert_same(ran(config, 1, 1), ran(config, 2, 2), shared=strategy == "sequence")
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ both = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"
 
 @both
 @every_form
-@pytest.mark.representatives("nf4-scanned", "int4-unrolled", "fp8-unrolled")
+@pytest.mark.representatives("nf4-scanned", "fp8-unrolled")
 def test_a_model_that_is_loaded_quantized_is_the_one_that_is_quantized_later(
     reference: Any,
     form: Any,

@@ -38,6 +38,7 @@ def alone(name: str) -> Any:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.representatives("fsdp_tensor", "sequence", "hybrid_fsdp")
 def test_every_strategy_on_eight_devices(strategy: str) -> None:
     assert difference(alone(PLAIN), computed(CASES[PLAIN], options_of(strategy, 8), 8)) < TOLERANCE
 

@@ -70,7 +70,7 @@ def losses(folder: Path) -> list[float]:
     ],
     ids=lambda mesh: "_".join(map(str, mesh.values())),
 )
-@pytest.mark.representatives("fsdp_tensor")
+@pytest.mark.slow  # processes/test_equality.py has one over processes
 def test_a_run_learns_as_on_one_device_under_every_strategy(
     config: Config, tmp_path: Path, mesh: dict[str, Any]
 ) -> None:

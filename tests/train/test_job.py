@@ -80,6 +80,7 @@ def test_a_schedule_of_ranks_that_the_run_is_too_short_for_is_refused_before_wei
 
 
 @pytest.mark.parametrize("scanned", [False, True])
+@pytest.mark.representatives("True")
 def test_a_start_from_the_kernels_decomposes_each_of_them_once(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scanned: bool
 ) -> None:
@@ -114,6 +115,7 @@ def test_a_start_from_the_kernels_decomposes_each_of_them_once(
         ({"method": {"name": "head"}, "head_learning_rate": 1e-5}, 1e-5),
     ],
 )
+@pytest.mark.representatives("candidate1-*", "candidate2-*", "candidate3-*")
 def test_a_candidate_is_trained_at_its_own_learning_rate(
     make_config: MakeConfig, tmp_path: Path, candidate: dict[str, Any], rate: float
 ) -> None:

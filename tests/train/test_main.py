@@ -174,23 +174,23 @@ def test_validate_stops_after_the_check(config_file: Path, tmp_path: Path) -> No
 
 
 def test_missing_rows_are_told_in_one_line_and_a_traceback_only_if_asked(
-    config_file: Path, tmp_path: Path
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = (
+    arguments = [
         "--config",
         str(config_file),
         "--workdir",
         str(tmp_path / "run"),
         "--config.data.train=gone.jsonl",
-    )
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert "gone.jsonl" in done.stderr
-    assert "Traceback" not in done.stderr
-    asked = run(*arguments, "--traceback")
-    assert asked.returncode == 2
-    assert "Traceback" in asked.stderr
-    assert asked.stderr.endswith(done.stderr)
+    ]
+    assert train.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert "gone.jsonl" in told
+    assert "Traceback" not in told
+    assert train.main([*arguments, "--traceback"]) == 2
+    asked = capsys.readouterr().err
+    assert "Traceback" in asked
+    assert asked.endswith(told)
 
 
 def stopped_by(signum: int, config_file: Path, workdir: Path) -> subprocess.Popen[str]:

@@ -31,7 +31,7 @@ def setup(method: Any, dtype: Any = jnp.float32, **options: Any) -> tuple[Any, A
     """Return the model, the trainable and the frozen part, with a LoRA B that is not zero."""
     given = ModelOptions("causal_lm", None, dtype, **options)
     model = models.build(tiny_config("llama", **WIDE), given)
-    base = model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+    base = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
     params = jaxpeft.rewrite(
         method, jax.tree.map(lambda x: x.astype(dtype), base), jax.random.key(1)
     )

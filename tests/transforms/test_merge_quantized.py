@@ -54,7 +54,7 @@ def test_the_merged_base_computes_what_base_and_adapter_did(
 
 @both
 @every_form
-@pytest.mark.representatives("nf4-scanned", "int4-unrolled")
+@pytest.mark.representatives("nf4-scanned")
 def test_what_is_lost_is_said(form: str, scan: bool) -> None:
     _, method, params = rewritten(form, scan)
     whole, _ = jaxpeft.merge_quantized(method, params, dtype=jnp.float32)

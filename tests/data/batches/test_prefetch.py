@@ -61,6 +61,7 @@ def taken(source: Fails, workers: int, timeout: float = 60.0) -> Iterator[int]:
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("length", [0, 5])
+@pytest.mark.representatives("*-0", "5-2")
 def test_items_come_in_their_order(workers: int, length: int) -> None:
     assert list(taken(Fails(length=length), workers)) == [i * i for i in range(length)]
 
@@ -98,7 +99,7 @@ def test_the_next_items_are_made_while_one_is_used() -> None:
         ("hangs", 2, WorkerError, HANGS),
     ],
 )
-@pytest.mark.representatives("exits-2-*", "hangs-2-*", "other-0-*", "timeout-1-*")
+@pytest.mark.representatives("hangs-2-*", "other-0-*", "timeout-1-*")
 def test_what_goes_wrong_is_told_behind_the_items_before_it(
     how: str, workers: int, kind: type[Exception], text: str
 ) -> None:

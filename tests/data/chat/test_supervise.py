@@ -4,6 +4,7 @@ the template.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -25,7 +26,13 @@ every_chat = pytest.mark.parametrize(("family", "chat", "kind"), ROWS)
 
 
 def template_of(family: str, tokenizer: Any) -> Template:
-    return Template(TEMPLATES[family], special_tokens(tokenizer))
+    return made(TEMPLATES[family], tuple(special_tokens(tokenizer).items()))
+
+
+@functools.cache
+def made(source: str, tokens: tuple[tuple[str, str], ...]) -> Template:
+    """Make a template once: each starts a process."""
+    return Template(source, dict(tokens))
 
 
 def rows_of(family: str, messages: Any, tokenizer: Any) -> list[Labeled]:

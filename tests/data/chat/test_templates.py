@@ -4,6 +4,7 @@ not.
 
 from __future__ import annotations
 
+import functools
 import gc
 import resource
 import threading
@@ -35,12 +36,18 @@ def test_transformers_renders_the_same(family: str, chat: str, generate: bool) -
     source = (TEMPLATES | BUILT_IN)[family]
     if family == "turns" and chat == "system":
         with pytest.raises(RenderError, match="no system turns"):
-            Template(source, TOKENS).render(CHATS[chat], generate=generate)
+            made(source).render(CHATS[chat], generate=generate)
         return
     theirs = tokenizer_of("bytes").apply_chat_template(
         list(CHATS[chat]), chat_template=source, add_generation_prompt=generate, tokenize=False
     )
-    assert Template(source, TOKENS).render(CHATS[chat], generate=generate) == theirs
+    assert made(source).render(CHATS[chat], generate=generate) == theirs
+
+
+@functools.cache
+def made(source: str) -> Template:
+    """Make a template once: each starts a process."""
+    return Template(source, TOKENS)
 
 
 def test_tools_and_json_are_written_as_transformers_writes_them() -> None:
@@ -68,10 +75,11 @@ def test_the_day_does_not_change_the_tokens() -> None:
         ("{% for i in range(10**9) %}{% endfor %}", "forbidden: Range too big", True),
         ("{{ 'a' * 10**10 }}", "more than 10,000,000 items", True),
         ("{{ 9 ** (9 ** 9) }}", "more than 10,000,000 items", True),
-        (
+        pytest.param(
             "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
             "takes more than 2 s",
             True,
+            marks=pytest.mark.slow,  # as case 40 of the fault tests
         ),
         (
             "{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}",
@@ -103,18 +111,20 @@ def test_the_day_does_not_change_the_tokens() -> None:
             "takes more",
             True,
         ),
-        (
+        pytest.param(
             "{% for i in range(99999) %}{% if ('a.b ' * 999999) | urlize %}{% endif %}{% endfor %}",
             "takes more than 2 s",
             True,
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             (
                 "{% for i in range(99999) %}{% if ('<a>' * 999999) | striptags %}{% endif %}{%"
                 " endfor %}"
             ),
             "takes more than 2 s",
             True,
+            marks=pytest.mark.slow,
         ),
         ("{{ ('<' * 9000000) | e }}", "writes more than 10,000,000 characters", True),
         ("{{ ('a' * 9000000) | replace('a', 'b' * 9000000) }}", "too much memory", True),
@@ -162,11 +172,12 @@ def test_a_hostile_or_broken_template_is_stopped(source: str, text: str, fatal: 
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "too much memory, time or recursion"),
         ("{{ " + "9" * 5000 + " }}", "digits"),
         ("{{ 1 }}" * 300_000, "too much memory, time or recursion"),
-        (
+        pytest.param(
             "{{ '"
             + "a.b " * 200_000
             + "' | urlize | urlize | urlize | urlize | urlize | urlize }}",
             "too much",
+            marks=pytest.mark.slow,
         ),
     ],
 )

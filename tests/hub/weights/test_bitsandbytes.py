@@ -124,6 +124,7 @@ def test_it_is_loaded_as_the_model_that_is_quantized_on_the_way(
 
 
 @both
+@pytest.mark.representatives("scanned")
 def test_without_double_quantization_the_scales_are_those_of_the_file(
     reference: Any, folder: Any, scan: bool
 ) -> None:

@@ -184,18 +184,19 @@ def test_a_sharding_that_does_not_fit_is_refused_with_its_leaf(reference: Any) -
         found.read(0, by_three)
 
 
-def test_leaves_may_lie_in_the_memory_of_the_host(reference: Any) -> None:
+@both
+@pytest.mark.parametrize("quant", [None, "nf4"])
+@pytest.mark.representatives("None-unrolled", "nf4-scanned")
+def test_leaves_may_lie_in_the_memory_of_the_host(
+    reference: Any, quant: str | None, scan: bool
+) -> None:
     folder = reference("llama", "causal_lm", **SIZES).folder
-    for quant in (None, "nf4"):
-        for scan in (False, True):
-            _, plain = jaxpeft.load(folder, task="causal_lm", quant=quant, scan_layers=scan)
-            found = outlined(folder, quant=quant, scan_layers=scan)
-            at = places(found.leaves, mesh_of((4, 2)), "layers")
-            params = found.read(0, lambda path, at=at: at(path).with_memory_kind("pinned_host"))
-            assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(params)} == {
-                "pinned_host"
-            }
-            assert_bit_equal(params, plain)
+    _, plain = jaxpeft.load(folder, task="causal_lm", quant=quant, scan_layers=scan)
+    found = outlined(folder, quant=quant, scan_layers=scan)
+    at = places(found.leaves, mesh_of((4, 2)), "layers")
+    params = found.read(0, lambda path: at(path).with_memory_kind("pinned_host"))
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(params)} == {"pinned_host"}
+    assert_bit_equal(params, plain)
 
 
 # --------------------------------------------------------------------------------- heads and tokens
@@ -276,9 +277,7 @@ BASES = {"flat": (SIZES, (4, 2)), "rows": (WIDE, (2, 2)), "padded": (PADDED, (3,
 )
 @pytest.mark.representatives(
     "nf4-flat-both-*",
-    "nf4-padded-rows-unrolled",
     "int4-rows-columns-scanned",
-    "int8-rows-layers-scanned",
     "fp8-rows-rows-unrolled",
 )
 def test_codes_and_scales_are_bit_by_bit_those_of_one_device(
