@@ -22,9 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal
 
-from jaxpeft.choices import Dtype, Task
+from jaxpeft.choices import Dtype, ExportTarget, Task
 from jaxpeft.command.parser import Arguments
 from jaxpeft.command.running import run_command
 from jaxpeft.core.options import option
@@ -36,9 +35,7 @@ class ExportArguments(Arguments):
     """The arguments of `export`."""
 
     adapter: str | None = option(None, "folder of the adapter")
-    to: Literal["peft", "merged", "merged_quantized_reference"] | None = option(
-        None, "output format"
-    )
+    to: ExportTarget | None = option(None, "output format")
     out: str | None = option(None, "folder to write, which must be new")
     base: str | None = option(
         None, "folder or hub id of the base; by default the one recorded in the adapter"
@@ -52,6 +49,9 @@ class ExportArguments(Arguments):
         None, "number of tokens with added ones, if the adapter does not record it"
     )
     allow_base: bool = option(False, "export even if the base is not the adapter's")
+    allow_no_op: bool = option(
+        False, "export even if the adapter does not change the base's outputs"
+    )
 
 
 ARGUMENTS = ExportArguments
@@ -80,6 +80,7 @@ def _run(args: ExportArguments) -> int:
         pooling=args.pooling,
         vocab_size=args.vocab_size,
         allow_base=args.allow_base,
+        allow_no_op=args.allow_no_op,
     )
     sys.stdout.write("\n".join(export(request).lines) + "\n")
     return 0

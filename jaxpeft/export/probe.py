@@ -19,6 +19,11 @@ TOLERANCE = 1e-4
 """The largest allowed difference of float32 logits: absolute for logits up to 1, else relative to
 the largest one.
 """
+ROUNDING = 2e-6
+"""The difference of logits, relative to the largest one, up to which two models compute the same:
+17 units in the last place of float32. A method that changes nothing gives equal bits, or an error
+of a few such units.
+"""
 ROWS, LENGTH = 4, 16
 _SEED = 0
 
@@ -60,6 +65,11 @@ def _program(model: Pretrained) -> Any:
 def gap_of(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any]) -> float:
     """Return the largest absolute difference of two arrays of logits."""
     return float(np.abs(found - wanted).max()) if found.shape == wanted.shape else float("inf")
+
+
+def rounding_of(wanted: np.ndarray[Any, Any]) -> float:
+    """Return the largest difference from some logits that counts as rounding."""
+    return ROUNDING * float(np.abs(wanted).max())
 
 
 def require_equal(gap: float, wanted: np.ndarray[Any, Any], tolerance: float, what: str) -> None:
