@@ -9,7 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from jaxpeft.core.folding import can_fold
+import jax
+
+from jaxpeft.core import paths
+from jaxpeft.core.folding import can_fold, fold_site, parts_that_add
+from jaxpeft.core.paths import Tree
+from jaxpeft.core.targets import KINDS, find_sites
 from jaxpeft.errors import ConfigError
 from jaxpeft.export.export_job import Job, Report, Target, size_of
 from jaxpeft.export.probe import ROWS, TOLERANCE, gap_of, logits, require_equal
@@ -19,6 +24,8 @@ from jaxpeft.hub.adapters.adapter_folder import AdapterFolder
 from jaxpeft.hub.adapters.folder_layout import CONFIG
 from jaxpeft.hub.loading import Outline
 from jaxpeft.json_files import read_json
+from jaxpeft.methods import MARKERS
+from jaxpeft.quant.quantize import dequantize
 
 
 @dataclass(frozen=True)
@@ -111,8 +118,7 @@ def _export(files: ServerFiles, job: Job, folder: Path) -> Report:
     found, problems = updates_of(job.method, job.params)
     problems += _limits(files, found, job)
     if problems:
-        mergeable = all(can_fold(type(part)) for part in job.method.parts())
-        raise refusal(job.request, files, problems, mergeable)
+        raise refusal(job.request, files, problems, _can_merge(job))
     wanted = logits(model, job.params, job.method)
     updates = uniform(found)
     files.write(job, updates, folder)
@@ -131,6 +137,23 @@ def _export(files: ServerFiles, job: Job, folder: Path) -> Report:
         files.usage(job, updates),
     )
     return Report(lines, gap)
+
+
+def _can_merge(job: Job) -> bool:
+    """Return whether plain weights can hold the adapter; a bias needs a place in the base."""
+    parts = parts_that_add(job.method, MARKERS)
+    roots = {name: job.params[name] for part in parts for name in part.leaves.root}
+
+    def fold(params: Tree) -> None:
+        tree = dequantize(params) if job.outline.plan.held else params
+        for site in find_sites(tree, KINDS):
+            fold_site(parts, site, paths.get(tree, site.path), roots)
+
+    try:
+        jax.eval_shape(fold, job.params)
+    except ConfigError:
+        return False
+    return True
 
 
 def _limits(files: ServerFiles, updates: Sequence[Update], job: Job) -> list[str]:

@@ -83,7 +83,7 @@ def updates_of(method: Method, params: Mapping[str, Any]) -> tuple[list[Update],
         leaves = {**params, **paths.get(params, site.path)}
         update = part.sites.update(site.shape, leaves)
         if update is None or site.name in found:
-            others[part.name] = f"{part.name} changes {site.name} by more than one low-rank update"
+            others[part.name] = f"{part.name} changes {site.name} by more than one product A B"
             continue
         found[site.name] = Update(
             site.name,
