@@ -1,11 +1,15 @@
-"""The probe batch: random tokens on which the logits of the exported model are checked."""
+"""The probe batch: random tokens on which the logits of the exported model are checked, and the
+log-probabilities of given tokens.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.core import training_hooks
@@ -51,6 +55,27 @@ def logits(model: Pretrained, params: Tree, method: Method | None = None) -> np.
     ).astype(np.int32)
     out = np.asarray(_program(cast(Any, model.clone(source=None)))(params, ids, mask))
     return out[mask.astype(bool)] if out.ndim == 3 else out
+
+
+def log_probs_of(
+    model: Pretrained, params: Tree, rows: Sequence[Sequence[int]]
+) -> np.ndarray[Any, Any]:
+    """Compute the log-probabilities of every next token after each token of some rows.
+
+    Args:
+        model: a language model, with float32 activations.
+        params: its parameters, adapted or plain.
+        rows: token ids, rows of different lengths.
+
+    Returns:
+        `[rows, longest, vocab]` float32; what follows the end of a row has no meaning.
+    """
+    ids = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    mask = np.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = row, 1
+    out = _program(cast(Any, model.clone(source=None)))(params, ids, mask)
+    return np.asarray(jax.nn.log_softmax(out.astype(jnp.float32)))
 
 
 @lru_cache(maxsize=4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import jax.numpy as jnp
 
@@ -59,6 +60,27 @@ class ExportRequest:
     shard_bytes: int = SHARD_BYTES
 
 
+@dataclass(frozen=True)
+class VerifyRequest:
+    """The request to verify a server.
+
+    Attributes:
+        adapter: folder of the adapter.
+        base: folder or hub id of the base; None for the one recorded in the adapter.
+        task: task, if the adapter does not record it.
+        vocab_size: number of tokens with added ones; None for the adapter's.
+        allow_base: whether to accept a different base than the adapter was trained on.
+    """
+
+    pooling: ClassVar[None] = None  # a language model has none
+
+    adapter: Path
+    base: str | None = None
+    task: str | None = None
+    vocab_size: int | None = None
+    allow_base: bool = False
+
+
 def require_free(out: Path) -> None:
     """Raise an error if the output folder is not empty.
 
@@ -103,7 +125,7 @@ def warn_unrounded(request: ExportRequest, adapter: AdapterFolder, outline: Outl
         )
 
 
-def outline_of(request: ExportRequest, adapter: AdapterFolder) -> Outline:
+def outline_of(request: ExportRequest | VerifyRequest, adapter: AdapterFolder) -> Outline:
     """Return the outline of the base, with float32 activations so that only weights are rounded.
 
     Raises:
