@@ -86,6 +86,7 @@ class Server:
             ExportError: It cannot be reached, fails, or gives no log-probabilities.
         """
         reasons: list[str] = []
+        absent: list[str] = []
         for form in _FORMS:
             try:
                 found = [
@@ -93,18 +94,36 @@ class Server:
                     for i, prompt in enumerate(prompts)
                     for position, token, log_prob in form.observe(self._complete, prompt)
                 ]
+            except _NotFoundError as error:  # MLX-LM also answers a wrong type of prompt with it
+                absent.append(f"{form.name}: {error}")
             except _UnknownFormError as error:
                 reasons.append(f"{form.name}: {error}")
             else:
                 return form.name, found
+        if not reasons:
+            self._require_model()
         why = "gives no log-probabilities of prompts; serve the model with vLLM or llama.cpp"
-        raise ExportError([f"{self.url}: {why}", *reasons])
+        raise ExportError([f"{self.url}: {why}", *reasons, *absent])
+
+    def _require_model(self) -> None:
+        """Raise an error of a server that answers every request with 404.
+
+        Raises:
+            ConfigError: It lists models, and not this one.
+            ExportError: It does not say why.
+        """
+        names = self.models()
+        if names and self.model not in names:
+            raise ConfigError(
+                f"--model: {self.url} has no model {self.model!r}; it has {', '.join(names)}"
+            )
+        raise ExportError(f"{self.url}: has no /v1/completions with model {self.model!r}")
 
     def models(self) -> list[str]:
         """Return the names of its models; empty if it does not tell."""
         try:
             found = self._call("models", None).get("data")
-        except (_UnknownFormError, _NotFoundError):
+        except (_UnknownFormError, _NotFoundError, ExportError):
             return []
         rows = cast(list[Any], found) if isinstance(found, list) else []
         return [str(row["id"]) for row in rows if isinstance(row, dict) and "id" in row]
@@ -112,17 +131,7 @@ class Server:
     def _complete(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the first choice of a completion of one token."""
         given = {"model": self.model, "max_tokens": 1, "temperature": 0, **body}
-        try:
-            choices = self._call("completions", given).get("choices")
-        except _NotFoundError as error:
-            names = self.models()
-            if names and self.model not in names:
-                raise ConfigError(
-                    f"--model: {self.url} has no model {self.model!r}; it has {', '.join(names)}"
-                ) from error
-            raise ExportError(
-                f"{self.url}: has no /v1/completions with model {self.model!r} ({error})"
-            ) from error
+        choices = self._call("completions", given).get("choices")
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
             raise _UnknownFormError("the answer has no choices")
         return cast(Mapping[str, Any], choices[0])

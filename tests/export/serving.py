@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -62,7 +62,8 @@ class Served:
             return 404, {"error": {"message": f"The model `{body['model']}` does not exist."}}
         ids, text = body["prompt"], isinstance(body["prompt"], str)
         if text != (self.form in ("echo of text", "mlx")):
-            return 400, {"error": {"message": "prompt has the wrong type"}}
+            code = 404 if self.form == "mlx" else 400
+            return code, {"error": {"message": "prompt has the wrong type"}}
         ids = self.tokenizer(ids)["input_ids"] if text else ids
         choice = {"index": 0, "text": "x", "finish_reason": "length"}
         return 200, {"choices": [choice | self._log_probs(body, ids)]}
@@ -101,10 +102,11 @@ def serve(served: Served) -> Iterator[str]:
         def _send(self, answer: Answer) -> None:
             code, content = answer
             data = content if isinstance(content, bytes) else json.dumps(content).encode()
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
+            with suppress(BrokenPipeError):  # of a client that did not wait
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
 
         def log_message(self, *args: Any) -> None:
             pass
