@@ -7,9 +7,10 @@ llama.cpp multiplies B A by alpha / r. Its `llama` architecture rotates neighbor
 head's outputs, where `transformers` rotates the halves of a head: the rows of q and k, and so those
 of their B, are reordered. A of the embedding is transposed: its rows are looked up by token.
 
-The names and layouts are those of llama.cpp, read in November 2026: `convert_lora_to_gguf.py`,
-`permute` and `modify_tensors` of `LlamaModel` in `convert_hf_to_gguf.py` (`conversion/llama.py` in
-later versions), and `src/llama-adapter.cpp`.
+The names and layouts are those of llama.cpp (github.com/ggml-org/llama.cpp, at the commits in
+parentheses): `convert_lora_to_gguf.py` (0b03ada), `permute` and `modify_tensors` of `LlamaModel` in
+`convert_hf_to_gguf.py` (`conversion/llama.py` in later versions), and `src/llama-adapter.cpp`
+(0650ea8).
 """
 
 from __future__ import annotations

@@ -1,17 +1,18 @@
 """What vLLM's LoRA loader accepts, as one table.
 
-The rules are those of vLLM's source, read in November 2026:
+The rules are those of vLLM's source (github.com/vllm-project/vllm), at the commits in parentheses:
 
-    vllm/lora/peft_helper.py     `PEFTHelper`: the fields of adapter_config.json; `modules_to_save`
-                                 and DoRA are errors, other `bias` than none is not supported; the
-                                 scale is alpha / r, or alpha / sqrt(r) with `use_rslora`, for all
-                                 modules: `rank_pattern` and `alpha_pattern` are not read
-    vllm/lora/utils.py           `parse_fine_tuned_lora_name`: the names of tensors
-    vllm/lora/lora_model.py      `from_local_checkpoint`: the last component of a module's name must
-                                 be one that the model class lists; a name that fits no module of
-                                 the model is ignored without a message
-    vllm/config/lora.py          `MaxLoRARanks`: the values of --max-lora-rank (16 by default)
-    vllm/model_executor/models/  `packed_modules_mapping` and `embedding_modules` of the classes
+* `vllm/lora/peft_helper.py`, `PEFTHelper` (as documented in November 2026): the fields of
+  `adapter_config.json`. `modules_to_save` and DoRA are errors, and `bias` is `none`. The scale is
+  alpha / r, or alpha / sqrt(r) with `use_rslora`, for all modules: `rank_pattern` and
+  `alpha_pattern` are not read.
+* `vllm/lora/utils.py`, `parse_fine_tuned_lora_name`: the names of tensors.
+* `vllm/lora/lora_model.py`, `from_local_checkpoint` (0306474): the last component of a module's
+  name must be one that the model class lists. A module that the model does not have is ignored
+  without a message.
+* `vllm/config/lora.py`, `MaxLoRARanks` (01230b4): the values of `--max-lora-rank`, 16 by default.
+* `vllm/model_executor/models/qwen2.py` (013a279), `qwen3.py` (002456d) and `llama.py`:
+  `packed_modules_mapping` and `embedding_modules` of the classes; those of Qwen list no embeddings.
 """
 
 from __future__ import annotations

@@ -229,7 +229,7 @@ def write_base(folder: Path, file: Path, architecture: str) -> Path:
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("name", ["lora", "ranks and alphas", "outside"])
 @pytest.mark.representatives("lora-llama", "outside-qwen3")
-def test_llama_cpp_computes_the_adapter_s_logits(make, tmp_path, kind, name):
+def test_llama_cpp_computes_the_adapter_s_logits(make, tmp_path, record_property, kind, name):
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     outside = jaxpeft.LoRA(rank=4, targets=("embed_tokens", "lm_head", "k_proj"))
     made = make(outside if name == "outside" else HELD[name], kind, CAUSAL)
@@ -253,3 +253,4 @@ def test_llama_cpp_computes_the_adapter_s_logits(make, tmp_path, kind, name):
     found = logits(lora_path=str(tmp_path / "out" / FILE))
     assert_close(found, made.logits(), 1e-3)  # llama.cpp's products are not all in float32
     assert np.abs(found - logits()).max() > 0.02
+    record_property("gap", float(np.abs(found - made.logits()).max()))

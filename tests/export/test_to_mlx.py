@@ -96,7 +96,7 @@ def test_the_options_are_those_of_the_adapter(make, tmp_path):
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("name", ["lora", "ranks and alphas", "one layer", "dora"])
 @pytest.mark.representatives("lora-qwen3", "dora-llama")
-def test_mlx_lm_computes_the_adapter_s_logits(make, tmp_path, kind, name):
+def test_mlx_lm_computes_the_adapter_s_logits(make, tmp_path, record_property, kind, name):
     utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is not installed")
     import mlx.core as mx
 
@@ -111,3 +111,4 @@ def test_mlx_lm_computes_the_adapter_s_logits(make, tmp_path, kind, name):
     found = real(np.array(model(mx.array(BATCH.ids))))  # rows are padded on the right
     assert_close(found, made.logits())
     assert np.abs(found - base).max() > 0.02
+    record_property("gap", float(np.abs(found - made.logits()).max()))

@@ -50,10 +50,12 @@ def test_vllm_and_peft_compute_the_adapter_s_logits(make, tmp_path, method):
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.representatives("qwen3")
-def test_every_family_that_it_serves(make, tmp_path, kind):
+def test_every_family_that_it_serves(make, tmp_path, record_property, kind):
     made = make(HELD["lora"], kind, CAUSAL)
     made.export(tmp_path / "out", "vllm")
-    assert_close(torch_with(made.base, as_vllm(tmp_path / "out")), made.logits())
+    found = torch_with(made.base, as_vllm(tmp_path / "out"))
+    assert_close(found, made.logits())
+    record_property("gap", float(np.abs(found - made.logits()).max()))
 
 
 def test_an_embedding_and_a_head_where_the_class_has_them(make, tmp_path):
