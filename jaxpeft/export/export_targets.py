@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from jaxpeft.export.export_job import Target
 from jaxpeft.export.to_gguf_lora import GGUF_LORA
-from jaxpeft.export.to_merged import MERGED
+from jaxpeft.export.to_merged import MERGED, MERGED_REFERENCE
 from jaxpeft.export.to_mlx import MLX
 from jaxpeft.export.to_peft import PEFT
 from jaxpeft.export.to_vllm import VLLM
@@ -14,7 +14,7 @@ from jaxpeft.export.to_vllm import VLLM
 TARGETS: Mapping[str, Target] = {
     "peft": PEFT,
     "merged": MERGED,
-    "merged_quantized_reference": MERGED,
+    "merged_quantized_reference": MERGED_REFERENCE,
     "vllm": VLLM,
     "gguf-lora": GGUF_LORA,
     "mlx": MLX,

@@ -171,7 +171,7 @@ def _usage(job: Job, updates: Sequence[Update]) -> str:
 
 
 GGUF_LORA = server_target(
-    "LoRA without biases, on linear modules, an untied embedding and head",
+    "low-rank updates without biases, on linear modules, an untied embedding and head",
     ServerFiles(
         library="llama.cpp",
         embeddings=dict.fromkeys(_ARCHITECTURES, True),

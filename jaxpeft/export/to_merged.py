@@ -159,3 +159,6 @@ def _record(job: Job) -> dict[str, Any]:
 
 
 MERGED = Target("every method that plain weights can express", _require, _export)
+MERGED_REFERENCE = Target(
+    "the same, of an adapter that was trained on a quantized base", _require, _export
+)

@@ -86,7 +86,8 @@ def _usage(job: Job, updates: Sequence[Update]) -> str:
 
 
 MLX = server_target(
-    "LoRA without biases, on linear modules, an untied embedding and head; DoRA on linear modules",
+    "low-rank updates without biases, on linear modules, an untied embedding and head; DoRA on"
+    " linear modules",
     ServerFiles(
         library="MLX-LM",
         embeddings=dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), True),

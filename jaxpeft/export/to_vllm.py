@@ -67,8 +67,8 @@ def _usage(job: Job, updates: Sequence[Update]) -> str:
 
 
 VLLM = server_target(
-    "LoRA without biases, of rank 512 at most, on linear modules; of llama and mistral also on an"
-    " untied embedding and head",
+    "low-rank updates without biases, of rank 512 at most, on linear modules; of llama and mistral"
+    " also on an untied embedding and head",
     ServerFiles(
         library="vLLM",
         embeddings={kind: bool(serving.embeddings) for kind, serving in CLASSES.items()},

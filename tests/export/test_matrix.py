@@ -28,6 +28,7 @@ CASES = {
 @pytest.mark.parametrize(("method", "kind", "moved", "to"), CASES.values(), ids=CASES)
 @pytest.mark.representatives(
     "lora-vllm",
+    "gralora-vllm",
     "vera-gguf-lora",
     "dora-mlx",
     "oft-merged",
