@@ -20,5 +20,8 @@ Pooling = Literal["pooler", "cls", "mean", "last"]
 Attention = Literal["xla", "chunked", "cudnn", "splash"]
 """The keys of `jaxpeft.models.attention.KERNELS`."""
 
+ExportTarget = Literal["peft", "merged", "merged_quantized_reference", "vllm", "gguf-lora", "mlx"]
+"""The keys of `jaxpeft.export.export_targets.TARGETS`."""
+
 QuantForm = Literal["nf4", "int4", "int8", "fp8"]
 """The keys of `jaxpeft.kernels.QUANTIZED`."""

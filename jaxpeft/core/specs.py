@@ -17,6 +17,28 @@ def _no_factors(leaves: Mapping[str, Any], training: bool) -> None:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """What a method adds to a module outside of training: `x W + s x A B`.
+
+    Attributes:
+        a: `[in, r]`, or `[vocab, r]` of an embedding.
+        b: `[r, out]`.
+        scale: s.
+        magnitude: if not None, `[out]`: the norms to which the columns of `W + s A B` are scaled,
+            as in DoRA.
+    """
+
+    a: Any
+    b: Any
+    scale: Any
+    magnitude: Any = None
+
+
+def _no_update(shape: tuple[int, int], leaves: Mapping[str, Any]) -> None:
+    del shape, leaves
+
+
+@dataclass(frozen=True)
 class LeafSpec:
     """The leaves that a method adds.
 
@@ -62,6 +84,9 @@ class SiteSpec:
         inputs: further keyword arguments that a module's method must accept.
         low_rank: `(leaves, training) -> (A [in, r], B [r, out])` of a linear site that computes
             `x W + x A B`, or None if it computes anything else (`jaxpeft.kernels.joint`).
+        update: `((in, out), leaves) -> LowRank`: what the method adds to a site outside of
+            training, from the leaves of the site and of the root; None if it is no low-rank update,
+            the only kind that most servers can hold.
     """
 
     kinds: tuple[str, ...] = ("linear",)
@@ -69,6 +94,7 @@ class SiteSpec:
     applies: Callable[[Any, str], bool] = _any_module
     inputs: tuple[str, ...] = ()
     low_rank: Callable[[Mapping[str, Any], bool], tuple[Any, Any] | None] = _no_factors
+    update: Callable[[tuple[int, int], Mapping[str, Any]], LowRank | None] = _no_update
 
     def computes(self, module: Any, name: str) -> bool:
         """Return whether the method of a module with the marker leaf is computed.

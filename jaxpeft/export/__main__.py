@@ -7,10 +7,18 @@ The formats:
               config and tokenizer
     merged_quantized_reference
               the same, merged into the base with the quantization error of training
+    vllm      a folder that vLLM's LoRA loader accepts, for --lora-modules
+    gguf-lora llama.cpp's adapter file, for --lora (needs pip install 'jaxpeft[gguf]')
+    mlx       MLX-LM's adapter files, for --adapter-path
 
-The command loads the result again and compares its logits before it renames the folder. Exit codes:
-0 done, 2 bad input, 143 and 130 stopped by SIGTERM and SIGINT, 1 any other failure. After a failure
-no files remain.
+The command loads the result again and compares its logits before it renames the folder. It refuses
+an adapter that does not change the outputs of its base, and what a format cannot hold.
+
+`--adapter DIR --verify URL --model NAME` asks an OpenAI-compatible server (/v1/completions) for
+log-probabilities, and says whether it serves the adapter, the base, or something else.
+
+Exit codes: 0 done (with --verify: the server serves the adapter), 2 bad input, 143 and 130 stopped
+by SIGTERM and SIGINT, 1 any other failure. After a failure no files remain.
 """
 
 from __future__ import annotations
@@ -22,9 +30,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal
 
-from jaxpeft.choices import Dtype, Task
+from jaxpeft.choices import Dtype, ExportTarget, Task
 from jaxpeft.command.parser import Arguments
 from jaxpeft.command.running import run_command
 from jaxpeft.core.options import option
@@ -36,9 +43,7 @@ class ExportArguments(Arguments):
     """The arguments of `export`."""
 
     adapter: str | None = option(None, "folder of the adapter")
-    to: Literal["peft", "merged", "merged_quantized_reference"] | None = option(
-        None, "output format"
-    )
+    to: ExportTarget | None = option(None, "output format")
     out: str | None = option(None, "folder to write, which must be new")
     base: str | None = option(
         None, "folder or hub id of the base; by default the one recorded in the adapter"
@@ -52,6 +57,14 @@ class ExportArguments(Arguments):
         None, "number of tokens with added ones, if the adapter does not record it"
     )
     allow_base: bool = option(False, "export even if the base is not the adapter's")
+    allow_no_op: bool = option(
+        False, "export even if the adapter does not change the base's outputs"
+    )
+    verify: str | None = option(
+        None, "address of a server to verify, such as http://localhost:8000; without --to and --out"
+    )
+    model: str | None = option(None, "name of the model to ask the server for, with --verify")
+    timeout: float = option(60.0, "seconds to wait for an answer of the server", above=0)
 
 
 ARGUMENTS = ExportArguments
@@ -64,9 +77,13 @@ def main(argv: list[str]) -> int:
 
 
 def _run(args: ExportArguments) -> int:
-    missing = [name for name in ("adapter", "to", "out") if getattr(args, name) is None]
-    if args.adapter is None or args.to is None or args.out is None:
-        raise ConfigError([f"--{name}: is required; see --help" for name in missing])
+    if args.verify is not None:
+        return _verify(args, args.verify)
+    needed = ("adapter", "to", "out")
+    missing = [f"--{name}: is required; see --help" for name in needed if not getattr(args, name)]
+    stray = ["--model: needs --verify"] if args.model is not None else []
+    if args.adapter is None or args.to is None or args.out is None or stray:
+        raise ConfigError([*missing, *stray])
     # imports JAX, so only for valid arguments
     from jaxpeft.export.export import ExportRequest, export
 
@@ -80,9 +97,43 @@ def _run(args: ExportArguments) -> int:
         pooling=args.pooling,
         vocab_size=args.vocab_size,
         allow_base=args.allow_base,
+        allow_no_op=args.allow_no_op,
     )
     sys.stdout.write("\n".join(export(request).lines) + "\n")
     return 0
+
+
+def _verify(args: ExportArguments, url: str) -> int:
+    """Verify a server; return the exit code."""
+    missing = [
+        f"--{name}: is required with --verify; see --help"
+        for name in ("adapter", "model")
+        if not getattr(args, name)
+    ]
+    stray = [
+        f"--{name}: cannot be used with --verify, which writes no files"
+        for name in ("to", "out")
+        if getattr(args, name) is not None
+    ]
+    if args.adapter is None or args.model is None or stray:
+        raise ConfigError([*missing, *stray])
+    from jaxpeft.export.completions import Server
+
+    server = Server(url, args.model, args.timeout)
+    # imports JAX, so only for valid arguments
+    from jaxpeft.export.request import VerifyRequest
+    from jaxpeft.export.verify import verify
+
+    request = VerifyRequest(
+        Path(args.adapter),
+        base=args.base,
+        task=args.task,
+        vocab_size=args.vocab_size,
+        allow_base=args.allow_base,
+    )
+    verdict = verify(request, server)
+    sys.stdout.write("\n".join(verdict.lines) + "\n")
+    return 0 if verdict.serves_adapter else 1
 
 
 @contextmanager

@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import jax.numpy as jnp
 
 from jaxpeft.core.folding import can_fold
+from jaxpeft.core.method import Method
 from jaxpeft.errors import AdapterError, ConfigError, WeightsError
 from jaxpeft.hub import loading
 from jaxpeft.hub.adapters import peft_config
@@ -33,7 +35,7 @@ class ExportRequest:
 
     Attributes:
         adapter: folder of the adapter.
-        to: `peft`, `merged` or `merged_quantized_reference`.
+        to: output format, one of `jaxpeft.export.export_targets.TARGETS`.
         out: output folder, which must not exist or be empty.
         base: folder or hub id of the base; None for the one recorded in the adapter.
         dtype: dtype of merged weights; None for the dtypes of the base.
@@ -41,6 +43,7 @@ class ExportRequest:
         pooling: the sequence classifier's input; None for the adapter's.
         vocab_size: number of tokens with added ones; None for the adapter's.
         allow_base: whether to accept a different base than the adapter was trained on.
+        allow_no_op: whether to export an adapter that does not change the base's outputs.
         shard_bytes: maximum size of the tensors in a file of merged weights.
     """
 
@@ -53,7 +56,29 @@ class ExportRequest:
     pooling: str | None = None
     vocab_size: int | None = None
     allow_base: bool = False
+    allow_no_op: bool = False
     shard_bytes: int = SHARD_BYTES
+
+
+@dataclass(frozen=True)
+class VerifyRequest:
+    """The request to verify a server.
+
+    Attributes:
+        adapter: folder of the adapter.
+        base: folder or hub id of the base; None for the one recorded in the adapter.
+        task: task, if the adapter does not record it.
+        vocab_size: number of tokens with added ones; None for the adapter's.
+        allow_base: whether to accept a different base than the adapter was trained on.
+    """
+
+    pooling: ClassVar[None] = None  # a language model has none
+
+    adapter: Path
+    base: str | None = None
+    task: str | None = None
+    vocab_size: int | None = None
+    allow_base: bool = False
 
 
 def require_free(out: Path) -> None:
@@ -86,16 +111,21 @@ def quant_of(request: ExportRequest, adapter: AdapterFolder, outline: Outline) -
             f"--to {request.to}: {adapter.folder} was trained on an unquantized base ({EXTRA} has"
             " no quant), so there is nothing to round; use --to merged"
         )
-    if request.to == "merged" and quant is not None:
-        _log.warning(
-            "the adapter was trained on a base quantized to %s, but is merged into the unquantized"
-            " one; use --to merged_quantized_reference to merge into the weights it was trained on",
-            quant.form,
-        )
     return quant if request.to == "merged_quantized_reference" else None
 
 
-def outline_of(request: ExportRequest, adapter: AdapterFolder) -> Outline:
+def warn_unrounded(request: ExportRequest, adapter: AdapterFolder, outline: Outline) -> None:
+    """Log if an adapter of a quantized base is merged into the unquantized one."""
+    recorded = adapter.settings.quant
+    if request.to == "merged" and recorded is not None and not outline.plan.held:
+        _log.warning(
+            "the adapter was trained on a base quantized to %s, but is merged into the unquantized"
+            " one; use --to merged_quantized_reference to merge into the weights it was trained on",
+            read_quant(recorded, adapter.folder / EXTRA).form,
+        )
+
+
+def outline_of(request: ExportRequest | VerifyRequest, adapter: AdapterFolder) -> Outline:
     """Return the outline of the base, with float32 activations so that only weights are rounded.
 
     Raises:
@@ -118,6 +148,19 @@ def outline_of(request: ExportRequest, adapter: AdapterFolder) -> Outline:
         raise WeightsError([*error.problems, *hint]) from error
 
 
+def kind_of(part: Path) -> type[Method] | None:
+    """Return the method of a part of an adapter; None if its files name none that is known."""
+    kind = peft_config.method_of(read_json(part / CONFIG))
+    if kind is None and layout_of(part) is not LAYOUTS["peft"]:
+        return next(one for one in METHODS.values() if LAYOUTS[one.peft.layout] is layout_of(part))
+    return kind
+
+
+def kinds_of(adapter: AdapterFolder) -> list[type[Method]]:
+    """Return the methods of an adapter, as far as its files name known ones."""
+    return [kind for part in adapter.parts if (kind := kind_of(part)) is not None]
+
+
 def require_mergeable(adapter: AdapterFolder) -> None:
     """Raise an error if the adapter's method cannot be merged.
 
@@ -125,11 +168,7 @@ def require_mergeable(adapter: AdapterFolder) -> None:
         ConfigError: It cannot be merged; the message names the method and an alternative.
     """
     for part in adapter.parts:
-        kind = peft_config.method_of(read_json(part / CONFIG))
-        if kind is None and layout_of(part) is not LAYOUTS["peft"]:
-            kind = next(
-                one for one in METHODS.values() if LAYOUTS[one.peft.layout] is layout_of(part)
-            )
+        kind = kind_of(part)
         if kind is not None and not can_fold(kind):
             raise ConfigError(
                 f"{part}: {kind.name} cannot be merged: its computation cannot be expressed by"

@@ -25,7 +25,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
 from jaxpeft.core.peft_format import PeftFormat
-from jaxpeft.core.specs import LeafSpec
+from jaxpeft.core.specs import LeafSpec, LowRank, SiteSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import TargetError, nearest
 from jaxpeft.lazy import jax, jnp
@@ -89,6 +89,13 @@ class AdaLoRAFormat(TargetedFormat["AdaLoRA"]):
         return values, problems
 
 
+def _low_rank_update(shape: tuple[int, int], leaves: Leaves) -> LowRank:
+    """Return the update of a site, with `e B` as B."""
+    del shape
+    b = leaves["adalora_e"][:, None] * leaves["adalora_b"]
+    return LowRank(leaves["adalora_a"], b, leaves["adalora_scale"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdaLoRA(Biased):
     """Low-rank adaptation of linear sites whose ranks are allocated during training.
@@ -108,6 +115,7 @@ class AdaLoRA(Biased):
         site=("adalora_a", "adalora_e", "adalora_b", "adalora_scale", "adalora_dropout"),
         trained=frozenset({"adalora_a", "adalora_e", "adalora_b"}),
     )
+    sites: ClassVar[SiteSpec] = SiteSpec(update=_low_rank_update)
     peft: ClassVar[PeftFormat[Any]] = AdaLoRAFormat(
         type="ADALORA",
         options={

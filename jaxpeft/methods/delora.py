@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
 from jaxpeft.core.peft_format import PeftFormat
-from jaxpeft.core.specs import LeafSpec
+from jaxpeft.core.specs import LeafSpec, LowRank, SiteSpec
 from jaxpeft.core.targets import Site, pattern_value, require_patterns
 from jaxpeft.lazy import jnp
 from jaxpeft.methods.biases import Biased, bias_option
@@ -59,6 +59,9 @@ class DeLoRA(Biased):
             "delora_dropout",
         ),
         trained=frozenset({"delora_a", "delora_b", "delora_lambda"}),
+    )
+    sites: ClassVar[SiteSpec] = SiteSpec(
+        update=lambda shape, leaves: LowRank(*_factors(leaves), 1.0)
     )
     peft: ClassVar[PeftFormat[Any]] = TargetedFormat(
         tensors={

@@ -29,11 +29,11 @@ from typing import Any, ClassVar
 
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.peft_format import PeftFormat
-from jaxpeft.core.specs import LeafSpec, SiteSpec
+from jaxpeft.core.specs import LeafSpec, LowRank, SiteSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.dropping import drop_input
-from jaxpeft.methods.lora import LoRA, LoRAFormat, update
+from jaxpeft.methods.lora import LoRA, LoRAFormat, low_rank_update, update
 from jaxpeft.methods.low_rank import product
 
 
@@ -69,6 +69,12 @@ class DoRAFormat(LoRAFormat["DoRA"]):
         )
 
 
+def _low_rank_update(shape: tuple[int, int], leaves: Leaves) -> LowRank | None:
+    """Return LoRA's update of a site, with the magnitude."""
+    found = low_rank_update(shape, _lora(leaves))
+    return found and dataclasses.replace(found, magnitude=leaves["dora_magnitude"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class DoRA(LoRA):
     """Weight-decomposed low-rank adaptation of linear sites and embeddings.
@@ -83,7 +89,9 @@ class DoRA(LoRA):
     name: ClassVar[str] = "dora"
     paper: ClassVar[str] = "arXiv:2402.09353"
     # the update is scaled together with the kernel
-    sites: ClassVar[SiteSpec] = dataclasses.replace(LoRA.sites, low_rank=SiteSpec().low_rank)
+    sites: ClassVar[SiteSpec] = dataclasses.replace(
+        LoRA.sites, low_rank=SiteSpec().low_rank, update=_low_rank_update
+    )
     leaves: ClassVar[LeafSpec] = dataclasses.replace(
         LoRA.leaves,
         site=(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
 from jaxpeft.core.peft_format import PeftFormat
-from jaxpeft.core.specs import LeafSpec
+from jaxpeft.core.specs import LeafSpec, LowRank, SiteSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import Biased, bias_option
@@ -62,6 +62,7 @@ class GraLoRA(Biased):
         site=_LEAVES,
         trained=frozenset(_LEAVES[:4]),
     )
+    sites: ClassVar[SiteSpec] = SiteSpec(update=lambda shape, leaves: _low_rank_update(leaves))
     peft: ClassVar[PeftFormat[Any]] = TargetedFormat(
         tensors={
             "gralora_a": "gralora_A",
@@ -158,6 +159,19 @@ def _update(leaves: Leaves, x: Any) -> Any:
             x, leaves["gralora_general_a"], leaves["gralora_scale"] * leaves["gralora_general_b"]
         )
     return y
+
+
+def _low_rank_update(leaves: Leaves) -> LowRank:
+    """Return the update of a site with A and B of all blocks, of rank k r and the hybrid rank."""
+    a, b = _by_blocks(leaves)
+    one = jnp.eye(a.shape[0])
+    # each block of inputs has its own columns of A, and each of outputs its own columns of B
+    wide_a = jnp.einsum("iajs,im->iamjs", a, one).reshape(a.shape[0] * a.shape[1], -1)
+    wide_b = jnp.einsum("jiso,jm->ijsmo", b, one).reshape(wide_a.shape[1], -1)
+    if _hybrid(leaves):
+        wide_a = jnp.concatenate([wide_a, leaves["gralora_general_a"]], axis=1)
+        wide_b = jnp.concatenate([wide_b, leaves["gralora_general_b"]])
+    return LowRank(wide_a, wide_b, leaves["gralora_scale"])
 
 
 def _by_blocks(leaves: Leaves) -> tuple[Any, Any]:

@@ -39,7 +39,7 @@ from jaxpeft.core.method import Call, Kernel, Leaves, Method
 from jaxpeft.core.options import option
 from jaxpeft.core.paths import Path
 from jaxpeft.core.peft_format import PeftFormat
-from jaxpeft.core.specs import LeafSpec, SiteSpec
+from jaxpeft.core.specs import LeafSpec, LowRank, SiteSpec
 from jaxpeft.core.targets import Site, pattern_value
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods import eva, loftq, starts
@@ -61,10 +61,7 @@ class LoRAFormat(TargetedFormat[M]):
 
     def pack(self, method: M, site: Site, leaves: Leaves) -> dict[str, Any]:
         """Return A and B; a subtracted initialization doubles the rank."""
-        a, b = leaves["lora_a"], leaves["lora_b"]
-        if "lora_a0" in leaves:
-            a = jnp.concatenate([a, leaves["lora_a0"]], axis=1)
-            b = jnp.concatenate([b, -leaves["lora_b0"]])
+        a, b = _plain(leaves)
         names = _names(site)
         return {names[0]: a.T, names[1]: b.T} | (
             {"lora_B.bias": leaves["lora_bias"]} if "lora_bias" in leaves else {}
@@ -104,6 +101,21 @@ class LoRAFormat(TargetedFormat[M]):
         return values, problems
 
 
+def _plain(leaves: Leaves) -> tuple[Any, Any]:
+    """Return A and B; of a subtracted initialization, those of twice the rank."""
+    a, b = leaves["lora_a"], leaves["lora_b"]
+    if "lora_a0" in leaves:
+        a = jnp.concatenate([a, leaves["lora_a0"]], axis=1)
+        b = jnp.concatenate([b, -leaves["lora_b0"]])
+    return a, b
+
+
+def low_rank_update(shape: tuple[int, int], leaves: Leaves) -> LowRank | None:
+    """Return the update of a site; None with a LoRA bias, which is no product."""
+    del shape
+    return None if "lora_bias" in leaves else LowRank(*_plain(leaves), leaves["lora_scale"])
+
+
 def _low_rank(leaves: Leaves, training: bool) -> tuple[Any, Any] | None:
     """Return A and s B; None with dropout, a LoRA bias, or a subtracted initialization, which must
     cancel exactly.
@@ -139,7 +151,9 @@ class LoRA(Biased, Ranked):
         ),
         trained=frozenset({"lora_a", "lora_b", "lora_bias"}),
     )
-    sites: ClassVar[SiteSpec] = SiteSpec(kinds=("linear", "embedding"), low_rank=_low_rank)
+    sites: ClassVar[SiteSpec] = SiteSpec(
+        kinds=("linear", "embedding"), low_rank=_low_rank, update=low_rank_update
+    )
     peft: ClassVar[PeftFormat[Any]] = LoRAFormat(
         type="LORA",
         options={

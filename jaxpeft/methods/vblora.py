@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
 from jaxpeft.core.peft_format import PeftFormat
-from jaxpeft.core.specs import LeafSpec
+from jaxpeft.core.specs import LeafSpec, LowRank, SiteSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import Biased, bias_option
@@ -66,6 +66,9 @@ class VBLoRA(Biased):
         root=("vblora_vector_bank",),
         trained=frozenset({"vblora_logits_a", "vblora_logits_b", "vblora_vector_bank"}),
         zero_is_base=False,
+    )
+    sites: ClassVar[SiteSpec] = SiteSpec(
+        update=lambda shape, leaves: LowRank(*_matrices(leaves), 1.0)
     )
     peft: ClassVar[PeftFormat[Any]] = VBLoRAFormat(
         tensors={"vblora_logits_a": "vblora_logits_A", "vblora_logits_b": "vblora_logits_B"},

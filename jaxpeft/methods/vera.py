@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal
 from jaxpeft.core.method import Call, Kernel, Leaves
 from jaxpeft.core.options import option
 from jaxpeft.core.peft_format import PeftFormat
-from jaxpeft.core.specs import LeafSpec
+from jaxpeft.core.specs import LeafSpec, LowRank, SiteSpec
 from jaxpeft.core.targets import Site
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.biases import Biased, bias_option
@@ -48,6 +48,12 @@ class VeRAFormat(TargetedFormat["VeRA"]):
         return values, [*problems, *drop_projections(config)]
 
 
+def _low_rank_update(shape: tuple[int, int], leaves: Leaves) -> LowRank:
+    """Return the update of a site, with `A * d` as A and `B * b` as B."""
+    a, b = leaves["vera_a"][: shape[0]], leaves["vera_b"][:, : shape[1]]
+    return LowRank(a * leaves["vera_lambda_d"], b * leaves["vera_lambda_b"], 1.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class VeRA(Biased):
     """Trained vectors around shared random projections.
@@ -67,6 +73,7 @@ class VeRA(Biased):
         root=("vera_a", "vera_b"),
         trained=frozenset({"vera_lambda_b", "vera_lambda_d"}),
     )
+    sites: ClassVar[SiteSpec] = SiteSpec(update=_low_rank_update)
     peft: ClassVar[PeftFormat[Any]] = VeRAFormat(
         type="VERA",
         options={
@@ -126,12 +133,8 @@ class VeRA(Biased):
     @staticmethod
     def fold(leaves: Leaves, base: Leaves) -> dict[str, Any]:
         """Return `W + (A * d) (B * b)`."""
-        n_in, n_out = base["kernel"].shape
-        a, b = (
-            leaves["vera_a"][:n_in] * leaves["vera_lambda_d"],
-            leaves["vera_b"][:, :n_out] * leaves["vera_lambda_b"],
-        )
-        return {"kernel": base["kernel"] + product(a, b)}
+        added = _low_rank_update(base["kernel"].shape, leaves)
+        return {"kernel": base["kernel"] + product(added.a, added.b)}
 
 
 def drop_projections(config: Mapping[str, Any]) -> list[str]:

@@ -105,3 +105,15 @@ def run(code: str, names: dict[str, Any]) -> None:
 def test_every_link_leads_somewhere(page: str) -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", (DOCS / page).read_text()):
         assert link.startswith("https://") or (DOCS / link).exists(), link
+
+
+def test_the_page_of_exports_has_every_target_and_every_method() -> None:
+    from tests.export import report
+    from tests.export.test_matrix import METHODS
+
+    text = (DOCS / "export.md").read_text()
+    assert "\n".join(report.holds()) in text
+    _, _, measured = text.partition(report.MEASURED)
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in measured.splitlines()]
+    assert not {*METHODS, *report.FAMILIES} - set(rows)
+    assert "FAILED" not in measured and "not run" not in measured

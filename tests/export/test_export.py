@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,99 +21,27 @@ from jaxpeft.export import merged_model
 from jaxpeft.export.export import ExportRequest, export
 from jaxpeft.hub import merge_record
 from jaxpeft.kernels import QUANTIZED
-from tests.conformance.conftest import moved
+from tests.export.making import (
+    CAUSAL,
+    ENCODER,
+    LINEAR,
+    LORA,
+    SEQUENCE,
+    TOKENS,
+    assert_close,
+    ours,
+    theirs,
+)
 from tests.hub.helpers import edit_json, edited, peft_load, peft_save, torch_base
-from tests.models.conftest import Reference, forward, make_batch
 from tests.train.runs import write_tokenizer
 
-CAUSAL, SEQUENCE, TOKENS, ENCODER = (
-    "causal_lm",
-    "sequence_classification",
-    "token_classification",
-    "encoder",
-)
-LINEAR = r".*\.(q_proj|down_proj|query|q_lin|output\.dense)"
-LORA = jaxpeft.LoRA(rank=4, alpha=6.0, targets=LINEAR)
 DORA = jaxpeft.DoRA(rank=4, alpha=6.0, targets=LINEAR)
 IA3 = jaxpeft.IA3(targets=LINEAR, feedforward=r".*(down_proj|\.output\.dense)")
 LABELS = ("red", "green", "blue")
-BATCH = make_batch("right")
-
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """An adapter on disk, the base, and the logits of the two together."""
-
-    base: Path
-    folder: Path
-    task: str
-    model: Any
-    params: Any
-
-    def logits(self) -> Any:
-        return ours(self.model, self.params)
-
-    def export(self, out: Path, to: str = "merged", **options: Any) -> Any:
-        return export(ExportRequest(self.folder, to, out, **options))
-
-    def refused(
-        self, out: Path, error: Any = ConfigError, to: str = "merged", **options: Any
-    ) -> str:
-        """Return why an export is refused; nothing is left of it."""
-        before = sorted(out.parent.iterdir())
-        with pytest.raises(error) as caught:
-            self.export(out, to, **options)
-        assert sorted(out.parent.iterdir()) == before
-        return str(caught.value)
-
-
-def ours(model: Any, params: Any) -> Any:
-    """Return logits of the real tokens."""
-    return real(np.asarray(forward(model, params, BATCH.ids, BATCH.mask)))
-
-
-def theirs(task: str, torch_model: Any) -> Any:
-    return real(Reference(Path(), task, torch_model)(BATCH))
-
-
-def real(out: Any) -> Any:
-    return out[BATCH.mask.astype(bool)] if out.ndim == 3 else out
-
-
-def assert_close(found: Any, wanted: Any, tolerance: float = 1e-4) -> None:
-    assert np.abs(found - wanted).max() <= tolerance * max(1.0, np.abs(wanted).max())
 
 
 def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
-
-
-@pytest.fixture
-def make(reference: Any, tmp_path: Path) -> Any:
-    """Train and save an adapter of a tiny model; the base's folder, or `edit` of a copy of it."""
-
-    def made(
-        method: Any = LORA,
-        kind: str = "bert",
-        task: str = SEQUENCE,
-        *,
-        labels: tuple[str, ...] = (),
-        base: Path | None = None,
-        size: float = 0.2,
-        switches: Any = None,
-        **options: Any,
-    ) -> Made:
-        folder = base or reference(kind, task, **(switches or {})).folder
-        given = {
-            "dtype": jnp.float32,
-            "num_labels": 3 if "classification" in task else None,
-        } | options
-        model, params = jaxpeft.load(folder, task=task, **given)
-        params = moved(method, jaxpeft.rewrite(method, params, jax.random.key(0)), size=size)
-        jaxpeft.save_adapter(tmp_path / "adapter", method, params, model, labels=labels)
-        return Made(folder, tmp_path / "adapter", task, model, params)
-
-    return made
 
 
 # ------------------------------------------------------------------------------------------- merged
@@ -618,7 +545,7 @@ def test_what_does_not_compute_the_same_is_an_error_and_is_not_kept(
     else:
         real_write = jaxpeft.save_adapter
         monkeypatch.setattr(
-            "jaxpeft.export.export.save_adapter", spoil("adapter_model.safetensors", "lora_A")
+            "jaxpeft.export.to_peft.save_adapter", spoil("adapter_model.safetensors", "lora_A")
         )
     text = made.refused(tmp_path / "out", ExportError, to)
     assert "loaded again: logits differ by " in text

@@ -15,19 +15,18 @@ import pytest
 
 import jaxpeft
 from jaxpeft.export import __main__ as command
-from jaxpeft.export import export, merged_model
-from tests.hub.helpers import edited
+from jaxpeft.export import merged_model, to_peft
+from tests.hub.helpers import edited, trained
 from tests.models.conftest import reference  # noqa: F401 - a fixture
 
 
 @pytest.fixture
 def adapter(reference: Callable[..., Any], tmp_path: Path) -> Path:
-    """A fresh LoRA of a tiny BERT: what it computes does not matter here."""
+    """A LoRA of a tiny BERT, with the leaves that are trained moved."""
     model, base = reference("bert", "sequence_classification").load()
     method = jaxpeft.LoRA(rank=2, targets=("query",))
-    jaxpeft.save_adapter(
-        tmp_path / "adapter", method, jaxpeft.rewrite(method, base, jax.random.key(0)), model
-    )
+    params = trained(method, jaxpeft.rewrite(method, base, jax.random.key(0)))
+    jaxpeft.save_adapter(tmp_path / "adapter", method, params, model)
     return tmp_path / "adapter"
 
 
@@ -103,6 +102,7 @@ def test_the_last_lines_say_what_was_written_and_how_to_load_it(
             f"wrote {out}: bert with lora merged, float32, ",
             "error of the merge: 0 of the adapter's change",
             "largest logit difference from the unmerged adapter: ",
+            "largest logit difference of the adapter from its base: ",
             (
                 f"load it: transformers.AutoModelForSequenceClassification.from_pretrained('{out}')"
                 f" or jaxpeft.load('{out}', "
@@ -111,6 +111,7 @@ def test_the_last_lines_say_what_was_written_and_how_to_load_it(
         "peft": [
             f"wrote {out}: lora adapter, ",
             "largest logit difference after loading: 0",
+            "largest logit difference of the adapter from its base: ",
             (
                 f"load it: peft.PeftModel.from_pretrained(base_model, '{out}') or"
                 f" jaxpeft.load_adapter('{out}', "
@@ -164,7 +165,7 @@ def test_what_computes_something_else_is_exit_code_1_and_is_not_kept(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(export, "gap_of", lambda found, wanted: float("nan"))
+    monkeypatch.setattr(to_peft, "gap_of", lambda found, wanted: float("nan"))
     assert (
         command.main(["--adapter", str(adapter), "--to=peft", "--out", str(tmp_path / "out")]) == 1
     )
