@@ -17,6 +17,17 @@ from jaxpeft.errors import ConfigError
 Figures = Mapping[str, float]
 _log = logging.getLogger(__name__)
 _MAX_LISTED = 5
+CONFIG, RUN, SUMMARY, METRICS, SAMPLES, BEFORE = (
+    "config.json",
+    "run.json",
+    "summary.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "before.json",
+)
+"""Files of a run's folder: its config; what is known at its start (`run_record`); its result; its
+metrics by step; answers to test rows (`sample_answers`); the metrics before training.
+"""
 
 
 class Writer(Protocol):
@@ -191,7 +202,7 @@ def open_writers(log: LogConfig, folder: Path, resume_at: int) -> list[Writer]:
         folder: folder of the run.
         resume_at: step to resume from, 0 for a new run.
     """
-    writers: list[Writer] = [JsonLines(folder / "metrics.jsonl", resume_at)]
+    writers: list[Writer] = [JsonLines(folder / METRICS, resume_at)]
     if log.tensorboard:
         writers.append(TensorBoard(folder / "tensorboard", resume_at))
     if log.wandb is not None:
