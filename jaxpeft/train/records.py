@@ -17,17 +17,12 @@ from jaxpeft.errors import ConfigError
 Figures = Mapping[str, float]
 _log = logging.getLogger(__name__)
 _MAX_LISTED = 5
-CONFIG, RUN, SUMMARY, METRICS, SAMPLES, BEFORE = (
-    "config.json",
-    "run.json",
-    "summary.json",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "before.json",
-)
-"""Files of a run's folder: its config; what is known at its start (`run_record`); its result; its
-metrics by step; answers to test rows (`sample_answers`); the metrics before training.
-"""
+CONFIG, RUN, BEFORE = "config.json", "run.json", "before.json"
+"""Files of a run at its start: its config, what else is known then, the metrics before training."""
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+"""Metrics by step, and answers to test rows."""
+SUMMARY, RESULT = "summary.json", "result.json"
+"""The result of a run, and of a run of a comparison."""
 
 
 class Writer(Protocol):

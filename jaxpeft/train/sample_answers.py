@@ -1,5 +1,4 @@
-"""`samples.jsonl` in a run's folder: a few test rows, answered by the base and by the tuned model.
-"""
+"""`samples.jsonl` in a run's folder: test rows, answered by the base and the tuned model."""
 
 from __future__ import annotations
 
