@@ -129,7 +129,7 @@ def read(folder: Path) -> RunFolder:
         WeightsError: a file is not a JSON object.
     """
     file = folder / records.CONFIG
-    if not file.is_file():
+    if not file.is_file() or (folder / "comparison.json").is_file():
         raise ConfigError(f"--run {folder}: {_why_no_run(folder)}")
     config, problems = parse_config(read_json(file))
     if config is None:

@@ -12,6 +12,7 @@ from jaxpeft.config.schema import as_dict
 from jaxpeft.core import paths
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER
 from jaxpeft.hub.sources import public_name
+from jaxpeft.names import short_path
 from jaxpeft.report import svg_charts
 from jaxpeft.report.evaluation_file import Estimate, Evaluation
 from jaxpeft.report.incidents import find_incidents
@@ -47,6 +48,7 @@ def html(run: RunFolder, evaluations: Sequence[Evaluation] = ()) -> str:
         method=config.method.name,
         base=public_name(config.model.path),
         task=_TASKS[config.model.task],
+        rows=", ".join(map(short_path, config.data.sources)),
         progress=_progress(run),
         share=_share(run),
         metrics=_metric_rows(run),

@@ -7,8 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from matplotlib.ticker import EngFormatter, MaxNLocator
-
 WIDTH, HEIGHT = 360, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 26
 _MOST_POINTS = 240
@@ -95,7 +93,7 @@ def draw(title: str, series: Mapping[str, Points], *, marked: Sequence[str] = ()
     every = [point for points in series.values() for point in points]
     last = max(step for step, _ in every)
     across = Axis(0, max(last, 1))
-    x = [at for at in MaxNLocator(4, integer=True).tick_values(0, across.high) if at <= across.high]
+    x = [at for at in nice_ticks([0, across.high], whole=True) if at <= across.high]
     y = nice_ticks([value for _, value in every])
     up = Axis(y[0], y[-1])
 
@@ -139,9 +137,17 @@ def _describe(title: str, series: Mapping[str, Points]) -> str:
     return f"{title} by step: {'; '.join(parts)}"
 
 
-def nice_ticks(values: Sequence[float]) -> list[float]:
-    """Return round numbers that include all values, at least two."""
-    return [float(at) for at in MaxNLocator(4).tick_values(min(values), max(values))]
+def nice_ticks(values: Sequence[float], *, whole: bool = False) -> list[float]:
+    """Return round numbers whose range includes all values, at least two.
+
+    Args:
+        values: finite numbers.
+        whole: whether the numbers are integers.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    locator = MaxNLocator(4, integer=whole)
+    return [float(at) for at in locator.tick_values(min(values), max(values))]
 
 
 def interval_axis(values: Sequence[float]) -> Axis:
@@ -155,6 +161,8 @@ def interval_axis(values: Sequence[float]) -> Axis:
 def label(value: float) -> str:
     """Format a number of an axis: `0.25`, `5e-05`, `1,500`, `20k`."""
     if abs(value) >= 1e4:
+        from matplotlib.ticker import EngFormatter
+
         return EngFormatter(places=None, sep="")(value)
     if abs(value) >= 1e3:
         return f"{value:,.0f}"
