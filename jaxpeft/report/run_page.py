@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 from jaxpeft.config.schema import as_dict
 from jaxpeft.core import paths
+from jaxpeft.core.options import changed_options
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER
 from jaxpeft.hub.sources import public_name
 from jaxpeft.names import short_path
@@ -204,19 +204,12 @@ def _hashes(start: Start) -> list[tuple[str, str]]:
 def _options(run: RunFolder) -> list[tuple[str, str, bool]]:
     """Return the options of the method: name, value, and whether it differs from the default."""
     method = run.config.method
-    usual = {field.name: field for field in dataclasses.fields(method)}
-    rows: list[tuple[str, str, bool]] = []
-    for name, value in method.as_dict().items():
-        if name in usual:
-            own = getattr(method, name)
-            rows.append((name, _plain(value), own != _default(usual[name])))
-    return sorted(rows, key=lambda row: not row[2])
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
+    changed = changed_options(method)
+    return [
+        (name, _plain(value), name in changed)
+        for name, value in method.as_dict().items()
+        if name != "name"
+    ]
 
 
 def _plain(value: Any) -> str:

@@ -30,7 +30,8 @@ from jaxpeft.processes.peers import ALONE, Peers
 from jaxpeft.processes.signals import StopRequest
 from jaxpeft.train import compiling, loop, next_steps, optimizers, plot, records, sample_answers
 from jaxpeft.train.artifacts import answer_ends
-from jaxpeft.train.begin import Look, begin, check_resumable, fixed_leaves
+from jaxpeft.train.begin import begin, check_resumable, fixed_leaves
+from jaxpeft.train.card_facts import training_of
 from jaxpeft.train.evaluator import Evaluator, metric_of
 from jaxpeft.train.run import RunResult
 from jaxpeft.train.setup import Setup, prepare
@@ -197,7 +198,7 @@ def fit(
     stop: StopRequest,
     evaluator: Evaluator,
     allowed: Sequence[str],
-    look: Look | None = None,
+    look: Before | None = None,
 ) -> RunResult:
     """Train a method on a prepared setup and save its adapter; takes the arguments of `begin`."""
     result = loop.fit(*begin(setup, method, options, folder, stop, evaluator, allowed, look))
@@ -211,6 +212,7 @@ def fit(
             setup.model,
             settings=decided.settings,
             tokenizer=decided.tokenizer,
+            training=training_of(setup, result, look.figures if look is not None else {}),
         )
     _log.info("%s on the %s rows: %s", method.name, result.split, _format_metrics(result.test))
     return result
