@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER
 from jaxpeft.report.run_folder import RunFolder
+from jaxpeft.report.svg_charts import points_of
 
 _MOST_LISTED = 8
 
@@ -33,30 +34,22 @@ def find_incidents(run: RunFolder, metric: str) -> list[str]:
 
 def _in_steps(run: RunFolder) -> list[str]:
     kinds = (
-        (
-            "skipped",
-            "skipped, because the loss or a gradient was not finite",
-            [line["step"] for line in run.lines if line.get("skipped")],
-        ),
-        (
-            "empty",
-            "without any label, so that nothing was trained",
-            [line["step"] for line in run.lines if line.get("empty")],
-        ),
-        (
-            "zero",
-            "with a gradient of exactly 0",
-            [line["step"] for line in run.lines if line.get("grad_norm") == 0],
-        ),
+        ("skipped, because the loss or a gradient was not finite", "skipped", 1),
+        ("without labels, so that nothing was trained", "empty", 1),
+        ("whose gradient was exactly 0", "grad_norm", 0),
     )
-    return [
-        f"{len(steps)} {'step was' if len(steps) == 1 else 'steps were'} {what}: {_list(steps)}."
-        for _, what, steps in kinds
-        if steps
+    found = [
+        f"Steps {what}: {_list(steps)}."
+        for what, key, value in kinds
+        if (steps := [line["step"] for line in run.lines if line.get(key) == value])
     ]
+    if run.lines and not points_of(run.lines, "loss"):
+        found.append("No finite training loss is recorded.")
+    return found
 
 
 def _list(steps: Sequence[int]) -> str:
+    """Return the first steps, and the number of others."""
     more = len(steps) - _MOST_LISTED
     return ", ".join(map(str, steps[:_MOST_LISTED])) + (f" and {more} more" if more > 0 else "")
 

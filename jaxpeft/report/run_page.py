@@ -120,7 +120,7 @@ def _charts(run: RunFolder, metric: str) -> list[Chart]:
         title = f"{metric}, validation"
         found.append(draw(title, {title: points_of(lines, _of(metric))}, marked=[title]))
     found += [
-        draw(title, {title: points_of(lines, key)})
+        draw(title, {title: points_of(lines, key)}, from_zero=True)
         for title, key in (
             ("learning rate", "learning_rate"),
             ("gradient norm", "grad_norm"),
@@ -168,14 +168,15 @@ def _subject(run: RunFolder) -> list[tuple[str, str]]:
     """Return the base, the task and the method as named facts."""
     model, start, train = run.config.model, run.start, run.config.train
     revision = f" at {model.revision}" if model.revision else ""
-    length = f"{train.steps:,} steps" if train.steps else f"{train.epochs:g} epochs"
     rows = [
         ("base", f"{model.path}{revision}"),
         ("quantization", model.quant if model.quant != "none" else ""),
         ("task", _TASKS[model.task]),
         ("classes", ", ".join(start.labels)),
-        ("length", f"{length} of {train.batch_size} rows"),
-        ("optimizer", f"{run.config.optimizer.name}, peak {run.config.optimizer.learning_rate:g}"),
+        ("steps" if train.steps else "epochs", f"{train.steps or train.epochs:,g}"),
+        ("batch size", f"{train.batch_size:,} rows"),
+        ("optimizer", run.config.optimizer.name),
+        ("learning rate", f"{run.config.optimizer.learning_rate:g}"),
     ]
     return [(name, value) for name, value in rows if value]
 

@@ -79,13 +79,20 @@ def points_of(lines: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float,
     return [(line["step"], line[key]) for line in lines if math.isfinite(line.get(key, math.nan))]
 
 
-def draw(title: str, series: Mapping[str, Points], *, marked: Sequence[str] = ()) -> Chart | None:
+def draw(
+    title: str,
+    series: Mapping[str, Points],
+    *,
+    marked: Sequence[str] = (),
+    from_zero: bool = False,
+) -> Chart | None:
     """Return a line chart, or None without points.
 
     Args:
         title: its title.
         series: points by name; a series without points is left out.
         marked: names of series with a mark at each point.
+        from_zero: whether the vertical axis includes 0.
     """
     series = {name: _thin(points) for name, points in series.items() if points}
     if not series:
@@ -94,7 +101,7 @@ def draw(title: str, series: Mapping[str, Points], *, marked: Sequence[str] = ()
     last = max(step for step, _ in every)
     across = Axis(0, max(last, 1))
     x = [at for at in nice_ticks([0, across.high], whole=True) if at <= across.high]
-    y = nice_ticks([value for _, value in every])
+    y = nice_ticks([value for _, value in every] + [0.0] * from_zero)
     up = Axis(y[0], y[-1])
 
     def place(point: tuple[float, float]) -> tuple[float, float]:

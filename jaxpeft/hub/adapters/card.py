@@ -82,11 +82,7 @@ def text(
         _introduction(method, layout, training),
         *([_results(training)] if training else []),
         "## How to load it",
-        *(
-            [_peft_code(base, config, settings)]
-            if layout.name == "peft" and elsewhere and not note
-            else []
-        ),
+        *([_peft_code(base, config, settings)] if in_peft else []),
         *([layout.usage.strip()] if layout.usage else []),
         *([f"Note: {note}"] if note else []),
         _own_code(base, config),
