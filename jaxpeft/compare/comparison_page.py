@@ -30,11 +30,11 @@ def html(
         config: config with the candidates.
         found: contents of `comparison.json`.
         best: name of the best candidate.
-        texts: `introduction`, `notes`, and `prediction`, the code that uses the best adapter.
+        texts: `introduction`, `notes`, `run` (the best candidate's first run), and `prediction`,
+            the code that uses its adapter.
         folder: folder of the comparison.
     """
     done = {name: one for name, one in found["candidates"].items() if one["runs"]}
-    seed = config.compare.seeds[0]
     command = ["python", "-m", "jaxpeft.compare", "--config", str(folder / records.CONFIG)]
     return render(
         "comparison.html",
@@ -47,7 +47,7 @@ def html(
         level=f"{LEVEL:.0%}",
         marks={name: _marks(one["figure"]) for name, one in done.items()},
         repeat=shlex.join([*command, "--workdir", "runs/again"]),
-        run_page=next_steps.report(folder / best / f"seed-{seed}"),
+        run_page=next_steps.report(folder / texts["run"]),
         **texts,
     )
 

@@ -13,15 +13,20 @@ from jaxpeft.compare.spread import LEVEL, Spread, difference, spread_of
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER
 from jaxpeft.names import short_path
+from jaxpeft.report.page_templates import size
 from jaxpeft.train import next_steps, records
 
 Result = Mapping[str, Any]
-_NOTES = (
-    "`±` is the standard deviation over seeds, and the interval is that of the mean (Student's t);"
-    " neither includes the variation by test rows. Memory is the device's peak if it reports one;"
-    " otherwise (on a CPU) it is that of the process, including libraries and compilation. Time"
-    " includes training, evaluations and their compilation, but not compiling the step. The file is"
-    " the saved adapter; for `full` it is the complete model."
+_SPREAD = "`±` is the standard deviation over seeds. "
+_INTERVAL = (
+    "The interval is that of the mean over seeds (Student's t); it does not include the variation"
+    " by test rows. "
+)
+_COST = (
+    "Memory is the device's peak if it reports one; otherwise (on a CPU) it is that of the process,"
+    " including libraries and compilation. Time includes training, evaluations and their"
+    " compilation, but not compiling the step. The file is the saved adapter; for full fine-tuning"
+    " it is the complete model."
 )
 
 
@@ -124,10 +129,8 @@ def write(
     best = best_of(found)
     texts = {
         "introduction": _introduction(config, found),
-        "notes": [
-            _NOTES,
-            *([_forgetting_note(found["forgetting"])] if found["forgetting"] else []),
-        ],
+        "notes": _notes(found),
+        "run": f"{best}/seed-{results[best][0]['config']['train']['seed']}",
         "prediction": results[best][0].get("prediction", ""),
     }
     page = comparison_page.html(config, found, best, texts, folder)
@@ -201,7 +204,7 @@ def markdown(config: Config, found: Mapping[str, Any]) -> str:
         f"|---|{'---|' * len(columns)}",
         *(_row(name, one, found, len(columns)) for name, one in found["candidates"].items()),
         "",
-        "\n\n".join(_notes(found)),
+        _SPREAD + "\n\n".join(_notes(found)),
     ]
     if found["failed"]:
         lines += [
@@ -216,7 +219,7 @@ def markdown(config: Config, found: Mapping[str, Any]) -> str:
 def _introduction(config: Config, found: Mapping[str, Any]) -> str:
     train, seeds = config.train, found["seeds"]
     rows = config.data.test or config.data.validation or "held-out rows"
-    length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"
+    length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epoch{'s' * (train.epochs != 1)}"
     listed = f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
     where = f"{found['device']}, jax {found['jax']}"
     return (
@@ -251,7 +254,7 @@ def _row(name: str, one: Mapping[str, Any], found: Mapping[str, Any], columns: i
         f"{one['trainable_share']:.3%}",
         f"{one['peak_memory_gb']:.2f} GB",
         f"{one['seconds']['mean']:.0f} s",
-        _bytes(one["adapter_bytes"]),
+        size(one["adapter_bytes"]),
     ]
     if found["forgetting"]:
         lost = one["forgetting"]
@@ -260,7 +263,8 @@ def _row(name: str, one: Mapping[str, Any], found: Mapping[str, Any], columns: i
 
 
 def _notes(found: Mapping[str, Any]) -> list[str]:
-    return [_NOTES, *([_forgetting_note(found["forgetting"])] if found["forgetting"] else [])]
+    costs = f"{_INTERVAL}{_COST}" if len(found["seeds"]) > 1 else _COST
+    return [costs, *([_forgetting_note(found["forgetting"])] if found["forgetting"] else [])]
 
 
 def _forgetting_note(forgetting: Mapping[str, Any]) -> str:
@@ -274,7 +278,3 @@ def _forgetting_note(forgetting: Mapping[str, Any]) -> str:
         f"Forgetting: decrease of the nearest-class-mean accuracy on {rows}, computed without the"
         f" head, which is {before:.4f} for the base (`jaxpeft/evaluation/forgetting.py`)."
     )
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e4 else f"{count / 1e3:.1f} kB"

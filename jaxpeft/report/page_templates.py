@@ -32,6 +32,7 @@ def render(template: str, **values: Any) -> str:
         "short": label,
         "percent": percent,
         "duration": duration,
+        "size": size,
         "dedent": textwrap.dedent,
     }
     return environment.get_template(template).render(version=jaxpeft.__version__, **values)
@@ -56,3 +57,8 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """Format a number of bytes in MB or kB."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e4 else f"{count / 1e3:.1f} kB"

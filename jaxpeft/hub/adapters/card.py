@@ -32,7 +32,8 @@ class Training:
     Attributes:
         datasets: Hub ids of the training rows.
         rows: names of the training rows, without folders of this machine.
-        split: split of the metrics, `test` or `validation`.
+        evaluated: name of the rows of the metrics.
+        split: their split, `test` or `validation`.
         metrics: metrics of the adapter on the split.
         before: metrics before training; empty if they were not measured.
         length: length of the training, such as `102 steps of 32 rows with seed 0`.
@@ -41,6 +42,7 @@ class Training:
 
     datasets: Sequence[str]
     rows: Sequence[str]
+    evaluated: str
     split: str
     metrics: Mapping[str, float]
     before: Mapping[str, float]
@@ -105,12 +107,11 @@ def _metadata(
     pipeline = _PIPELINES[settings.task][0] if settings.task else None
     results: list[EvalResult] = []
     if training is not None:
-        rows = ", ".join(training.rows)
         results = [
             EvalResult(
                 task_type=pipeline or "other",
-                dataset_type=rows,
-                dataset_name=rows,
+                dataset_type=training.evaluated,
+                dataset_name=training.evaluated,
                 dataset_split=training.split,
                 metric_type=metric,
                 metric_value=round(value, 4),

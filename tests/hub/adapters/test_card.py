@@ -22,6 +22,7 @@ IDS = np.array([[2, 7, 9, 3]])
 TRAINING = Training(
     datasets=["org/questions"],
     rows=["org/questions", "more.jsonl"],
+    evaluated="mine.jsonl",
     split="test",
     metrics={"loss": 0.25, "accuracy": 0.91234},
     before={"loss": 1.5, "accuracy": 0.1},
@@ -58,6 +59,7 @@ def test_the_hub_reads_the_base_the_data_and_the_metrics(save, tmp_path):
         "accuracy": 0.9123,
     }
     assert (found["loss"].dataset_split, found["loss"].task_type) == ("test", "text-classification")
+    assert found["loss"].dataset_name == "mine.jsonl"
     assert "| accuracy | 0.1000 | 0.9123 |" in card.text
     assert f"revision={'a' * 40!r}" in card.text
     assert "* method: lora(targets=('query', 'value'), rank=4, alpha=6.0)" in card.text
@@ -100,7 +102,9 @@ def test_hostile_labels_and_names_are_text(save, tmp_path):
     saved = save(labels=("a\n# not a heading", "<script>x</script>", "b|c"))
     text = (saved.folder / "README.md").read_text()
     assert "outputs, in order: a # not a heading, &lt;script&gt;x&lt;/script&gt;, b\\|c" in text
-    hostile = Training(["o/r\nlicense: mit"], ["x: [\n---"], "test", {"loss": 1.0}, {}, "1", "c")
+    hostile = Training(
+        ["o/r\nlicense: mit"], ["x: [\n---"], "y: {", "test", {"loss": 1.0}, {}, "1", "c"
+    )
     params = trained(METHOD, saved.params)
     jaxpeft.save_adapter(tmp_path / "other", METHOD, params, saved.model, training=hostile)
     card = ModelCard.load(tmp_path / "other" / "README.md")
