@@ -61,3 +61,8 @@ def require_no_way_out(folder: Path) -> None:
                 for path in links
             ]
         )
+
+
+def short_path(path: str) -> str:
+    """Return the last two components of a path, for tables."""
+    return "/".join(path.rsplit("/", 2)[-2:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-VERBS = ("train", "compare", "data", "plan", "generate", "evaluate", "export")
+VERBS = ("train", "compare", "data", "plan", "report", "evaluate", "generate", "export")
 
 
 def command_line(verb: str) -> ModuleType:

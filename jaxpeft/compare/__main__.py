@@ -2,9 +2,10 @@
 
 Override config options by name: `--config.train.steps=100`. Trains the candidates of
 `config.compare` on the same rows, steps and seeds, each run in its own process, and writes
-`comparison.md`, `comparison.json` and `comparison.png` (metric over trainable parameters) to the
-comparison's folder. The same command resumes a stopped comparison and skips finished runs. Exit
-codes: 0 done, 1 a run has failed, 2 bad input, 143 stopped by SIGTERM, 130 stopped by SIGINT.
+`comparison.html`, `comparison.md`, `comparison.json` and `comparison.png` (metric over trainable
+parameters) to the comparison's folder. The same command resumes a stopped comparison and skips
+finished runs. Exit codes: 0 done, 1 a run has failed, 2 bad input, 143 stopped by SIGTERM, 130
+stopped by SIGINT.
 """
 
 from __future__ import annotations

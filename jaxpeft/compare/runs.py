@@ -32,8 +32,8 @@ from jaxpeft.errors import ConfigError
 from jaxpeft.hub import sources
 from jaxpeft.processes.lock import lock_folder
 from jaxpeft.processes.signals import StopRequest
+from jaxpeft.train.records import RESULT
 
-RESULT = "result.json"
 LOG = "log.txt"
 PROGRAM = ("-m", "jaxpeft.compare.worker")
 """Arguments for Python that start the worker of one run."""

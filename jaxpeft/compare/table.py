@@ -1,62 +1,33 @@
-"""Results of a comparison as a table (Markdown and JSON) and a plot of metric over trainable
-parameters.
-"""
+"""Results of a comparison as JSON, a Markdown table, an HTML page and a plot."""
 
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxpeft import atomic
+from jaxpeft.compare import comparison_page, plot
+from jaxpeft.compare.spread import LEVEL, Spread, difference, spread_of
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER
-from jaxpeft.train import next_steps
+from jaxpeft.names import short_path
+from jaxpeft.report.page_templates import size
+from jaxpeft.train import next_steps, records
 
 Result = Mapping[str, Any]
-_NOTES = (
-    "`±` is the standard deviation over seeds. Memory is the device's peak if it reports one;"
-    " otherwise (on a CPU) it is that of the process, including libraries and compilation. Time"
-    " includes training, evaluations and their compilation, but not compiling the step. The file is"
-    " the saved adapter; for `full` it is the complete model."
+_SPREAD = "`±` is the standard deviation over seeds. "
+_INTERVAL = (
+    "The interval is that of the mean over seeds (Student's t); it does not include the variation"
+    " by test rows. "
 )
-
-
-@dataclass(frozen=True)
-class Spread:
-    """A metric over seeds.
-
-    Attributes:
-        values: one value per seed.
-    """
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """The mean."""
-        return statistics.fmean(self.values)
-
-    @property
-    def deviation(self) -> float | None:
-        """The sample standard deviation, None for a single value."""
-        return statistics.stdev(self.values) if len(self.values) > 1 else None
-
-    def format(self, pattern: str = "{:.4f}") -> str:
-        """Format as `mean ± deviation`."""
-        around = (
-            ""
-            if self.deviation is None
-            else f" ± {pattern.replace('+', '').format(self.deviation)}"
-        )
-        return pattern.format(self.mean) + around
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {"mean": self.mean, "deviation": self.deviation, "values": list(self.values)}
+_COST = (
+    "Memory is the device's peak if it reports one; otherwise (on a CPU) it is that of the process,"
+    " including libraries and compilation. Time includes training, evaluations and their"
+    " compilation, but not compiling the step. The file is the saved adapter; for full fine-tuning"
+    " it is the complete model."
+)
 
 
 def summary(
@@ -72,7 +43,7 @@ def summary(
     some = next(result for runs in results.values() for result in runs)
     metric, reference = some["metric"], config.compare.compared_with
     figures = {
-        name: Spread(tuple(r["test"][metric] for r in runs))
+        name: {run["config"]["train"]["seed"]: run["test"][metric] for run in runs}
         for name, runs in results.items()
         if runs
     }
@@ -109,20 +80,30 @@ def _candidate(
     config: Config,
     name: str,
     runs: Sequence[Result],
-    figures: Mapping[str, Spread],
-    reference: Spread | None,
+    figures: Mapping[str, Mapping[int, float]],
+    reference: Mapping[int, float] | None,
 ) -> dict[str, Any]:
+    """Return the results of a candidate.
+
+    Args:
+        config: config with the candidates.
+        name: name of the candidate.
+        runs: results of its runs.
+        figures: metric by seed of each candidate that has results.
+        reference: that of the reference candidate; None without one.
+    """
     (candidate,) = (one for one in config.compare.candidates if one.title == name)
     described: dict[str, Any] = {"method": candidate.method.as_dict(), "runs": len(runs)}
     if not runs:
         return described
-    first, figure = runs[0], figures[name]
+    first, figure = runs[0], Spread(tuple(figures[name].values()))
+    other = Spread(tuple(reference.values())) if reference else None
+    gap = difference(figures[name], reference) if reference else None
     forgotten = tuple(run["forgetting"]["lost"] for run in runs if run["forgetting"])
     return described | {
         "figure": figure.as_dict(),
-        "of_reference": (
-            figure.mean / reference.mean if reference is not None and reference.mean else None
-        ),
+        "of_reference": figure.mean / other.mean if other is not None and other.mean else None,
+        "minus_reference": gap.as_dict() if gap is not None else None,
         "trainable_parameters": first["trainable_parameters"],
         "trainable_share": first["trainable_parameters"] / first["total_parameters"],
         "peak_memory_gb": max(run["peak_memory_gb"] for run in runs),
@@ -136,15 +117,33 @@ def _candidate(
 def write(
     config: Config, results: Mapping[str, Sequence[Result]], failed: Mapping[str, str], folder: Path
 ) -> Mapping[str, Any]:
-    """Write `comparison.json`, `comparison.md` and `comparison.png`.
+    """Write `comparison.json`, `comparison.md`, `comparison.html`, `comparison.png`, and the config
+    as `config.json`.
 
     Takes the arguments of `summary` and returns its result.
     """
     found = summary(config, results, failed)
+    (folder / records.CONFIG).write_text(json.dumps(found["config"], indent=2) + "\n")
     (folder / "comparison.json").write_text(json.dumps(found, indent=2) + "\n")
     (folder / "comparison.md").write_text(markdown(config, found))
-    draw(folder / "comparison.png", found)
+    best = best_of(found)
+    texts = {
+        "introduction": _introduction(config, found),
+        "notes": _notes(found),
+        "run": f"{best}/seed-{results[best][0]['config']['train']['seed']}",
+        "prediction": results[best][0].get("prediction", ""),
+    }
+    page = comparison_page.html(config, found, best, texts, folder)
+    atomic.write_text(folder / "comparison.html", page)
+    plot.draw(folder / "comparison.png", found)
     return found
+
+
+def best_of(found: Mapping[str, Any]) -> str:
+    """Return the name of the candidate with the best mean in a `summary`."""
+    done = {name: one for name, one in found["candidates"].items() if one["runs"]}
+    sign = 1 if found["metric"] in LOWER_IS_BETTER else -1
+    return min(done, key=lambda name: done[name]["figure"]["mean"] * sign)
 
 
 def closing_text(
@@ -158,23 +157,30 @@ def closing_text(
         results: results of each candidate's runs, by name.
         folder: folder of the comparison.
     """
-    rows = [next_steps.row("before training", _spread(found["before"]))] if found["before"] else []
+    rows = (
+        [next_steps.row("before training", spread_of(found["before"]).format())]
+        if found["before"]
+        else []
+    )
     done = {name: one for name, one in found["candidates"].items() if one["runs"]}
     for name, one in done.items():
         rows.append(
             next_steps.row(
-                name, _spread(one["figure"]), one["trainable_share"], one["seconds"]["mean"]
+                name,
+                spread_of(one["figure"]).format(),
+                one["trainable_share"],
+                one["seconds"]["mean"],
             )
         )
     lower = found["metric"] in LOWER_IS_BETTER
-    best = min(done, key=lambda name: done[name]["figure"]["mean"] * (1 if lower else -1))
+    best = best_of(found)
     lines = [
         f"{found['split']} {found['metric']}{' (lower is better)' * lower}",
         *rows,
         "",
         (
-            f"in {folder}: comparison.md, comparison.json, comparison.png, and adapter/,"
-            " metrics.jsonl of each run in NAME/seed-N/"
+            f"in {folder}: comparison.html, comparison.md, comparison.json, comparison.png, and"
+            " adapter/, metrics.jsonl of each run in NAME/seed-N/"
         ),
     ]
     prediction = results[best][0].get("prediction")
@@ -183,17 +189,13 @@ def closing_text(
     )
 
 
-def _spread(plain: Mapping[str, Any]) -> str:
-    return Spread(tuple(plain["values"])).format()
-
-
 def markdown(config: Config, found: Mapping[str, Any]) -> str:
     """Return a Markdown page with the table of a `summary`."""
     columns = _columns(found)
     lines = [
         _introduction(config, found),
         *(
-            [f"Before training: {found['metric']} {_spread(found['before'])}."]
+            [f"Before training: {found['metric']} {spread_of(found['before']).format()}."]
             if found["before"]
             else []
         ),
@@ -202,10 +204,8 @@ def markdown(config: Config, found: Mapping[str, Any]) -> str:
         f"|---|{'---|' * len(columns)}",
         *(_row(name, one, found, len(columns)) for name, one in found["candidates"].items()),
         "",
-        _NOTES,
+        _SPREAD + "\n\n".join(_notes(found)),
     ]
-    if found["forgetting"]:
-        lines += ["", _forgetting_note(found["forgetting"])]
     if found["failed"]:
         lines += [
             "",
@@ -219,11 +219,15 @@ def markdown(config: Config, found: Mapping[str, Any]) -> str:
 def _introduction(config: Config, found: Mapping[str, Any]) -> str:
     train, seeds = config.train, found["seeds"]
     rows = config.data.test or config.data.validation or "held-out rows"
-    length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"
+    length = (
+        f"{train.steps} steps"
+        if train.steps
+        else f"{train.epochs:g} epoch{'s' * (train.epochs != 1)}"
+    )
     listed = f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
     where = f"{found['device']}, jax {found['jax']}"
     return (
-        f"{config.model.path} on {_short_path(rows)}, {length} of {train.batch_size} rows,"
+        f"{config.model.path} on {short_path(rows)}, {length} of {train.batch_size} rows,"
         f" {listed}; {where}."
     )
 
@@ -233,6 +237,8 @@ def _columns(found: Mapping[str, Any]) -> list[str]:
     columns = [f"{found['metric']}{lower}", "trained", "of all", "peak memory", "time", "file"]
     if found["reference"]:
         columns.insert(1, f"of {found['reference']}")
+    if len(found["seeds"]) > 1:
+        columns.insert(1, f"{LEVEL:.0%} interval")
     return [*columns, "forgetting"] if found["forgetting"] else columns
 
 
@@ -241,7 +247,10 @@ def _row(name: str, one: Mapping[str, Any], found: Mapping[str, Any], columns: i
     title = name if one["runs"] == total else f"{name} ({one['runs']} of {total} runs)"
     if not one["runs"]:
         return f"| {title} |{' - |' * columns}"
-    cells = [_spread(one["figure"])]
+    cells = [spread_of(one["figure"]).format()]
+    if total > 1:
+        ends = one["figure"]["interval"]
+        cells.append("-" if ends is None else f"{ends[0]:.4f} to {ends[1]:.4f}")
     if found["reference"]:
         cells.append("-" if one["of_reference"] is None else f"{one['of_reference']:.1%}")
     cells += [
@@ -249,7 +258,7 @@ def _row(name: str, one: Mapping[str, Any], found: Mapping[str, Any], columns: i
         f"{one['trainable_share']:.3%}",
         f"{one['peak_memory_gb']:.2f} GB",
         f"{one['seconds']['mean']:.0f} s",
-        _bytes(one["adapter_bytes"]),
+        size(one["adapter_bytes"]),
     ]
     if found["forgetting"]:
         lost = one["forgetting"]
@@ -257,8 +266,13 @@ def _row(name: str, one: Mapping[str, Any], found: Mapping[str, Any], columns: i
     return f"| {title} | {' | '.join(cells)} |"
 
 
+def _notes(found: Mapping[str, Any]) -> list[str]:
+    costs = f"{_INTERVAL}{_COST}" if len(found["seeds"]) > 1 else _COST
+    return [costs, *([_forgetting_note(found["forgetting"])] if found["forgetting"] else [])]
+
+
 def _forgetting_note(forgetting: Mapping[str, Any]) -> str:
-    rows, before = _short_path(forgetting["rows"]), forgetting["before"]
+    rows, before = short_path(forgetting["rows"]), forgetting["before"]
     if forgetting["measure"] == "loss":
         return (
             f"Forgetting: increase of the mean token loss on {rows}, which is {before:.4f} for the"
@@ -268,52 +282,3 @@ def _forgetting_note(forgetting: Mapping[str, Any]) -> str:
         f"Forgetting: decrease of the nearest-class-mean accuracy on {rows}, computed without the"
         f" head, which is {before:.4f} for the base (`jaxpeft/evaluation/forgetting.py`)."
     )
-
-
-def _short_path(path: str) -> str:
-    """Return the last two components of a path."""
-    return "/".join(path.rsplit("/", 2)[-2:])
-
-
-def _bytes(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e4 else f"{count / 1e3:.1f} kB"
-
-
-def draw(path: Path, found: Mapping[str, Any]) -> None:
-    """Plot each candidate's metric over its trainable parameters as a PNG; bars are standard
-    deviations.
-
-    Args:
-        path: path of the PNG.
-        found: result of `summary`.
-    """
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    markers = "os^vD<>pPX*h"
-    for i, (name, one) in enumerate(found["candidates"].items()):
-        if one["runs"] and math.isfinite(one["figure"]["mean"]):
-            axes.errorbar(
-                one["trainable_parameters"],
-                one["figure"]["mean"],
-                one["figure"]["deviation"] or None,
-                label=name,
-                capsize=3,
-                linestyle="none",
-                marker=markers[i % len(markers)],
-                markersize=8,
-                color=f"C{i % 10}",
-            )
-    axes.set(
-        xscale="log", xlabel="trainable parameters", ylabel=f"{found['split']} {found['metric']}"
-    )
-    axes.set_title(
-        f"{found['metric']} over trainable parameters, mean of {len(found['seeds'])} seed(s)"
-    )
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

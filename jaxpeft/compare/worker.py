@@ -22,7 +22,7 @@ import jax
 
 from jaxpeft import atomic, data
 from jaxpeft.command.running import set_up_logging
-from jaxpeft.compare.runs import RESULT, other_rows
+from jaxpeft.compare.runs import other_rows
 from jaxpeft.config.files import parse_config
 from jaxpeft.config.schema import Config, as_dict
 from jaxpeft.data.tokens.row_encoder import RowEncoder, evaluated_lengths, one_length
@@ -76,7 +76,7 @@ def run(
         check_resumable(setup, config.method, folder, allowed)
         job.log_setup(setup)
         evaluator = Evaluator(setup, stop.raise_if_requested)
-        look = job.Before(setup, evaluator, folder / "before.json") if before else None
+        look = job.Before(setup, evaluator, folder / records.BEFORE) if before else None
         options = optimizers.options_for(config)
         result = job.fit(setup, config.method, options, folder, stop, evaluator, allowed, look)
         peak = memory_gb()
@@ -109,7 +109,7 @@ def run(
             "prediction": next_steps.prediction(setup, folder / "adapter"),
             "config": as_dict(config),
         }
-        atomic.write_text(folder / RESULT, json.dumps(measured, indent=2) + "\n")
+        atomic.write_text(folder / records.RESULT, json.dumps(measured, indent=2) + "\n")
         # large for a full fine-tune, and no longer needed
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return measured

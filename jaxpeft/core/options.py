@@ -135,6 +135,20 @@ def unknown_option(key: str, known: Iterable[str]) -> str:
     )
 
 
+def changed_options(instance: Any) -> dict[str, Any]:
+    """Return the options of an instance that differ from their defaults, by name."""
+    return {
+        field.name: value
+        for field in dataclasses.fields(instance)
+        if (value := getattr(instance, field.name)) != _default_of(field)
+    }
+
+
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
+
+
 @functools.cache
 def hints_of(cls: type[Any]) -> Mapping[str, Any]:
     """Return the types of the fields of a dataclass, without `InitVar` pseudo-fields."""

@@ -142,6 +142,27 @@ def package_of(folder: str) -> str | None:
     return next((f"package:{name}" for name in found), None)
 
 
+def is_local(name: str) -> bool:
+    """Return whether a model's name is a folder, and neither `package:NAME` nor a hub id."""
+    folder = Path(name).expanduser()
+    return not name.startswith("package:") and (
+        folder.is_absolute() or name.startswith(".") or folder.is_dir()
+    )
+
+
+def public_name(name: str) -> str:
+    """Return a model's name without a path of this machine: a hub id as it is, the name of a
+    package, or the last component of a folder.
+
+    Args:
+        name: a folder, `package:NAME` or a hub id.
+    """
+    packaged = name if name.startswith("package:") else package_of(name)
+    if packaged is not None:
+        return packaged.removeprefix("package:")
+    return Path(name).expanduser().resolve().name if is_local(name) else name
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content in hexadecimal, or `absent`."""
     if not path.is_file():

@@ -28,7 +28,7 @@ from jaxpeft.methods import from_dict
 from jaxpeft.processes.arrays import put
 from jaxpeft.processes.signals import StopRequest
 from jaxpeft.sharding.layout import shardings, state_shardings
-from jaxpeft.train import base_record, optimizers, records
+from jaxpeft.train import base_record, optimizers, records, run_record
 from jaxpeft.train.data_start import Start
 from jaxpeft.train.evaluator import Evaluator
 from jaxpeft.train.run import EvaluationProgress, LoopState, Run
@@ -86,12 +86,14 @@ def begin(
         with log_time(f"restoring step {latest} from {folder / 'checkpoints'}"):
             state, frozen = _restore(checkpoints, latest, state, started, frozen)
     trained, total = tree.count(trainable), tree.count(trainable) + tree.count(frozen)
-    writers = _open_records(
-        setup,
-        folder,
-        state.step,
-        f"{started.name} trains {trained:,} of {total:,} parameters ({trained / total:.2%})",
+    _log.info(
+        "%s trains %s of %s parameters (%.2f%%)",
+        started.name,
+        f"{trained:,}",
+        f"{total:,}",
+        100 * trained / total,
     )
+    writers = _open_records(setup, folder, state.step, trained, total)
     rate = optimizers.schedule(options, options.learning_rate, setup.steps)
     newest = partial(_newest, checkpoints)
     metrics = StepMetrics(
@@ -130,17 +132,17 @@ def _restore(
     return restored, frozen
 
 
-def _open_records(setup: Setup, folder: Path, step: int, about: str) -> list[records.Writer]:
-    """Record the run in process 0 and log what it trains; return the metric writers, resuming at
-    `step`.
-    """
-    if setup.peers.first:
-        (folder / "config.json").write_text(
-            json.dumps(setup.provenance.identity["config"], indent=2) + "\n"
-        )
-        base_record.write(folder, setup.provenance.base_tensors)
-    _log.info("%s", about)
-    return records.open_writers(setup.config.log, folder, step) if setup.peers.first else []
+def _open_records(
+    setup: Setup, folder: Path, step: int, trained: int, total: int
+) -> list[records.Writer]:
+    """Record the run in process 0; return the metric writers, resuming at `step`."""
+    if not setup.peers.first:
+        return []
+    config = json.dumps(setup.provenance.identity["config"], indent=2)
+    (folder / records.CONFIG).write_text(config + "\n")
+    run_record.write(folder, setup, trained, total)
+    base_record.write(folder, setup.provenance.base_tensors)
+    return records.open_writers(setup.config.log, folder, step)
 
 
 def _newest(checkpoints: Checkpoints) -> str:

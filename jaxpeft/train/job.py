@@ -28,9 +28,10 @@ from jaxpeft.processes.arrays import fetch_to_host
 from jaxpeft.processes.lock import lock_folder
 from jaxpeft.processes.peers import ALONE, Peers
 from jaxpeft.processes.signals import StopRequest
-from jaxpeft.train import compiling, loop, next_steps, optimizers, plot, records
+from jaxpeft.train import compiling, loop, next_steps, optimizers, plot, records, sample_answers
 from jaxpeft.train.artifacts import answer_ends
-from jaxpeft.train.begin import Look, begin, check_resumable, fixed_leaves
+from jaxpeft.train.begin import begin, check_resumable, fixed_leaves
+from jaxpeft.train.card_facts import training_of
 from jaxpeft.train.evaluator import Evaluator, metric_of
 from jaxpeft.train.run import RunResult
 from jaxpeft.train.setup import Setup, prepare
@@ -48,8 +49,8 @@ def run(
 ) -> RunResult:
     """Run a config from end to end.
 
-    Writes to `workdir`: `config.json`, `metrics.jsonl`, `summary.json`, `curves.png`,
-    `tensorboard/`, `checkpoints/` and `adapter/`.
+    Writes to `workdir`: `config.json`, `run.json`, `metrics.jsonl`, `samples.jsonl`,
+    `summary.json`, `curves.png`, `tensorboard/`, `checkpoints/` and `adapter/`.
 
     Args:
         config: a checked config.
@@ -76,13 +77,16 @@ def run(
         check_resumable(setup, config.method, workdir, allowed)
         log_setup(setup)
         evaluator = Evaluator(setup, stop.raise_if_requested)
-        before = Before(setup, evaluator, workdir / "before.json")
-        answers = {"before training": _answers(setup, setup.params)}
+        before = Before(setup, evaluator, workdir / records.BEFORE)
+        answers = _answers(setup, setup.params)
         options = optimizers.options_for(config)
         result = fit(setup, config.method, options, workdir, stop, evaluator, allowed, before)
-        answers["after"] = _answers(setup, result.params)
-        _show_answers(setup, answers)
+        samples = sample_answers.collect(setup, answers, _answers(setup, result.params))
+        for number, sample in enumerate(samples, 1):
+            _log.info("%s", sample_answers.describe(number, sample))
         if peers.first:
+            if samples:
+                sample_answers.write(workdir, samples)
             _finish(setup, before.figures, result, workdir)
     return result
 
@@ -194,7 +198,7 @@ def fit(
     stop: StopRequest,
     evaluator: Evaluator,
     allowed: Sequence[str],
-    look: Look | None = None,
+    look: Before | None = None,
 ) -> RunResult:
     """Train a method on a prepared setup and save its adapter; takes the arguments of `begin`."""
     result = loop.fit(*begin(setup, method, options, folder, stop, evaluator, allowed, look))
@@ -208,6 +212,7 @@ def fit(
             setup.model,
             settings=decided.settings,
             tokenizer=decided.tokenizer,
+            training=training_of(setup, result, look.figures if look is not None else {}),
         )
     _log.info("%s on the %s rows: %s", method.name, result.split, _format_metrics(result.test))
     return result
@@ -240,20 +245,6 @@ def _answers(setup: Setup, params: Tree) -> list[str]:
     return [setup.data.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
 
-def _show_answers(setup: Setup, answers: Mapping[str, list[str]]) -> None:
-    for i, (prompt, expected) in enumerate(setup.data.samples):
-        texts = [
-            ("prompt", setup.data.tokenizer.decode(prompt, skip_special_tokens=True)),
-            ("expected", expected),
-        ]
-        texts += [(name, of[i]) for name, of in answers.items()]
-        _log.info(
-            "\nsample %d\n%s",
-            i + 1,
-            "\n".join(f"  {name}: {text.strip()!r}" for name, text in texts),
-        )
-
-
 def _format_metrics(figures: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
 
@@ -261,10 +252,10 @@ def _format_metrics(figures: Mapping[str, float]) -> str:
 def _finish(setup: Setup, before: Mapping[str, float], result: RunResult, workdir: Path) -> None:
     metric, config = metric_of(setup), setup.config
     name = config.method.name
-    (workdir / "summary.json").write_text(
+    (workdir / records.SUMMARY).write_text(
         json.dumps(_summary(setup, before, result, workdir), indent=2) + "\n"
     )
-    written = ["adapter/", "metrics.jsonl", "summary.json"]
+    written = ["adapter/", records.METRICS, records.SUMMARY]
     if config.log.plot:
         plot.draw(workdir / "curves.png", name, workdir, metric)
         written.append("curves.png")
@@ -282,6 +273,7 @@ def _finish(setup: Setup, before: Mapping[str, float], result: RunResult, workdi
         ", ".join(written),
     )
     _log.info("next, use the adapter:\n%s", next_steps.prediction(setup, workdir / "adapter"))
+    _log.info("and see the run on one page:\n  %s", next_steps.report(workdir))
 
 
 def _summary(
@@ -296,7 +288,7 @@ def _summary(
         workdir: folder of the run, with `metrics.jsonl`.
     """
     figures = {
-        "validation": records.validation_of(workdir / "metrics.jsonl", result.best_step),
+        "validation": records.validation_of(workdir / records.METRICS, result.best_step),
         result.split: result.test,
         "steps": result.steps,
         "best_step": result.best_step,
@@ -314,4 +306,5 @@ def _summary(
         "config": as_dict(setup.config),
         "base_sha256": setup.provenance.identity["base"]["sha256"],
         "jax": jax.__version__,
+        "prediction": next_steps.prediction(setup, workdir / "adapter"),
     }

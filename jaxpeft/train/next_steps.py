@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,11 @@ def row(name: str, figure: str, share: float | None = None, seconds: float | Non
         "" if share is None or seconds is None else f"   {share:>8.3%} trained   {seconds:>6.1f} s"
     )
     return f"  {name:<18}{figure:>9}{cost}"
+
+
+def report(workdir: Path) -> str:
+    """Return the command that writes the page of a run."""
+    return shlex.join(["python", "-m", "jaxpeft.report", "--run", str(workdir)])
 
 
 def prediction(setup: Setup, adapter: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from jaxpeft.train.records import read_lines
+from jaxpeft.train.records import METRICS, read_lines
 
 
 def draw(path: Path, name: str, folder: Path, metric: str) -> None:
@@ -23,7 +23,7 @@ def draw(path: Path, name: str, folder: Path, metric: str) -> None:
     from matplotlib import pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    lines = read_lines(folder / "metrics.jsonl")
+    lines = read_lines(folder / METRICS)
     color = _curve(left, name, lines, "loss")
     _curve(
         left,

@@ -17,6 +17,12 @@ from jaxpeft.errors import ConfigError
 Figures = Mapping[str, float]
 _log = logging.getLogger(__name__)
 _MAX_LISTED = 5
+CONFIG, RUN, BEFORE = "config.json", "run.json", "before.json"
+"""Files of a run at its start: its config, what else is known then, the metrics before training."""
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+"""Metrics by step, and answers to test rows."""
+SUMMARY, RESULT = "summary.json", "result.json"
+"""The result of a run, and of a run of a comparison."""
 
 
 class Writer(Protocol):
@@ -191,7 +197,7 @@ def open_writers(log: LogConfig, folder: Path, resume_at: int) -> list[Writer]:
         folder: folder of the run.
         resume_at: step to resume from, 0 for a new run.
     """
-    writers: list[Writer] = [JsonLines(folder / "metrics.jsonl", resume_at)]
+    writers: list[Writer] = [JsonLines(folder / METRICS, resume_at)]
     if log.tensorboard:
         writers.append(TensorBoard(folder / "tensorboard", resume_at))
     if log.wandb is not None:

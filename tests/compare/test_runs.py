@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from jaxpeft.compare import plot as comparison_plot
 from jaxpeft.compare import runs, worker
 from jaxpeft.compare import table as comparison_table
 from jaxpeft.config.files import parse_config
@@ -51,7 +52,7 @@ def config(make_config: MakeConfig) -> Config:
 def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runs, "PROGRAM", ("-c", PRETENDED))
     monkeypatch.setattr(runs, "_POLL", 0.02)
-    monkeypatch.setattr(comparison_table, "draw", lambda path, made: path.write_bytes(b""))
+    monkeypatch.setattr(comparison_plot, "draw", lambda path, made: path.write_bytes(b""))
 
 
 def run(config: Config, folder: Path, stop: StopRequest | None = None) -> dict[str, str]:
@@ -191,8 +192,8 @@ def test_the_end_says_what_was_before_what_came_of_each_and_what_to_do_next(
     assert (
         "\ntest accuracy\n  before training   0.5000 ± 0.0000\n  lora              0.9150 ± 0.0212"
         "     1.000% trained      2.0 s\n  bitfit            0.9150 ± 0.0212     1.000% trained   "
-        f"   2.0 s\n\nin {folder}: comparison.md, comparison.json, comparison.png, and adapter/,"
-        " metrics.jsonl of each run in NAME/seed-N/\nnext, use the adapter of lora:\n  print(1)"
+        f"   2.0 s\n\nin {folder}: comparison.html, comparison.md, comparison.json, comparison.png, and"
+        " adapter/, metrics.jsonl of each run in NAME/seed-N/\nnext, use the adapter of lora:\n  print(1)"
         in caplog.text
     )
     assert "Before training: accuracy 0.5000 ± 0.0000.\n" in (folder / "comparison.md").read_text()
@@ -358,10 +359,17 @@ def results(name: str, values: Sequence[float], **more: Any) -> dict[str, list[d
         "device": "cpu",
         "jax": "0.10",
         "forgetting": {"measure": "centroid_accuracy", "before": 0.8, "after": 0.75, "lost": 0.05},
-        "config": {},
     }
     return {
-        name: [{**base, **more, "test": {"accuracy": value, "loss": 2 * value}} for value in values]
+        name: [
+            {
+                **base,
+                **more,
+                "test": {"accuracy": value, "loss": 2 * value},
+                "config": {"train": {"seed": seed}},
+            }
+            for seed, value in enumerate(values)
+        ]
     }
 
 
@@ -382,16 +390,17 @@ def test_the_table_has_means_spreads_and_shares(make_config: MakeConfig, tmp_pat
     comparison_table.write(config, made, {}, tmp_path)
     table = (tmp_path / "comparison.md").read_text().splitlines()
     assert (
-        table[2] == "| method | accuracy | of full | trained | of all | peak memory | time | file |"
-        " forgetting |"
+        table[2]
+        == "| method | accuracy | 95% interval | of full | trained | of all | peak memory |"
+        " time | file | forgetting |"
     )
     assert table[4:6] == [
         (
-            "| full | 0.8500 ± 0.0707 | 100.0% | 10,000 | 100.000% | 1.50 GB | 61 s | 90.00 MB |"
+            "| full | 0.8500 ± 0.0707 | 0.2147 to 1.4853 | 100.0% | 10,000 | 100.000% | 1.50 GB | 61 s | 90.00 MB |"
             " +0.0500 ± 0.0000 |"
         ),
         (
-            "| lora | 0.8000 ± 0.0000 | 94.1% | 1,000 | 10.000% | 1.50 GB | 61 s | 4.1 kB | +0.0500"
+            "| lora | 0.8000 ± 0.0000 | 0.8000 to 0.8000 | 94.1% | 1,000 | 10.000% | 1.50 GB | 61 s | 4.1 kB | +0.0500"
             " ± 0.0000 |"
         ),
     ]
@@ -400,6 +409,7 @@ def test_the_table_has_means_spreads_and_shares(make_config: MakeConfig, tmp_pat
     assert values["candidates"]["lora"]["figure"] == {
         "mean": 0.8,
         "deviation": 0.0,
+        "interval": [0.8, 0.8],
         "values": [0.8, 0.8],
     }
     assert math.isclose(values["candidates"]["lora"]["of_reference"], 0.8 / 0.85)
@@ -413,9 +423,9 @@ def test_without_a_reference_or_rows_for_forgetting_the_table_has_no_such_column
     made = {**results("lora", (0.5,), metric="loss", forgetting=None), "bitfit": []}
     comparison_table.write(config, made, {"bitfit, seed 0": "why\nnot"}, tmp_path)
     table = (tmp_path / "comparison.md").read_text()
-    assert "| method | loss (lower is better) | trained |" in table
-    assert "| lora (1 of 2 runs) | 1.0000 | 1,000 |" in table
-    assert "| bitfit (0 of 2 runs) | - | - | - | - | - | - |" in table
+    assert "| method | loss (lower is better) | 95% interval | trained |" in table
+    assert "| lora (1 of 2 runs) | 1.0000 | - | 1,000 |" in table
+    assert "| bitfit (0 of 2 runs) | - | - | - | - | - | - | - |" in table
     assert "* bitfit, seed 0: why not" in table
     assert "orgetting" not in table
 

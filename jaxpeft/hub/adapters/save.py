@@ -41,6 +41,7 @@ def save_adapter(
     labels: tuple[str, ...] = (),
     settings: Settings | None = None,
     tokenizer: Any = None,
+    training: adapter_card.Training | None = None,
 ) -> None:
     """Save a trained adapter and head as a Hugging Face PEFT adapter folder, without the base.
 
@@ -59,6 +60,7 @@ def save_adapter(
         settings: further settings of the run, such as the problem type; those that follow from the
             model are filled in.
         tokenizer: a `transformers` tokenizer to save in the same folder, with its chat template.
+        training: how it was trained, for the model card (README.md).
 
     Raises:
         AdapterError: A leaf is not finite, or cannot be stored in the files; or the labels do not
@@ -70,7 +72,7 @@ def save_adapter(
     _check_tree(method, params, model)
     decided = _complete(settings or Settings(), model, labels)
     save = _save_one if companions.split(method) else _save_parts
-    save(folder, method, params, model, decided)
+    save(folder, method, params, model, decided, training)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if save is _save_one:
@@ -84,6 +86,7 @@ def _save_one(
     params: Mapping[str, Any],
     model: Pretrained,
     settings: Settings,
+    training: adapter_card.Training | None,
 ) -> None:
     """Save the adapter of one method, and of the additional ones that its files can store."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +116,8 @@ def _save_one(
     _require_alone(folder, layout)
     files = layout.files(Content(config, tensors, sites, model, settings.labels))
     files |= {EXTRA: adapter_extra.extra_content(settings, files)}
-    card = adapter_card.text(main, layout, config, settings) + _pooling_note(layout, model)
+    note = _pooling_note(layout, model)
+    card = adapter_card.text(main, layout, config, settings, training, note)
     atomic.write_text(folder / CARD, card)
     for name in sorted(
         files, key=lambda name: (name.endswith(".safetensors"), name == layout.weights)
@@ -167,6 +171,7 @@ def _save_parts(
     params: Mapping[str, Any],
     model: Pretrained,
     settings: Settings,
+    training: adapter_card.Training | None,
 ) -> None:
     """Save a mixed method as one folder per part, each loadable by `peft`, and their list."""
     names: list[str] = []
@@ -176,7 +181,7 @@ def _save_parts(
         own = dataclasses.replace(
             part, modules_to_save=(*method.modules_to_save, *part.modules_to_save)
         )
-        _save_one(folder / name, own, params, model, settings)
+        _save_one(folder / name, own, params, model, settings, training)
     content = {"jaxpeft_version": jaxpeft.__version__, "parts": names, "method": method.as_dict()}
     atomic.write_text(folder / PARTS, json.dumps(content, indent=2) + "\n")
 
@@ -250,7 +255,4 @@ def _pooling_note(layout: FolderLayout, model: Pretrained) -> str:
         f" {layout.name} differ"
     )
     _log.warning("%s; load the adapter with jaxpeft.load(..., pooling=%r)", note, how)
-    return (
-        f"\nNote: {note}. Load it with `jaxpeft.load(..., pooling={how!r})` and"
-        " `jaxpeft.load_adapter`.\n"
-    )
+    return f"{note}. Load it with `jaxpeft.load(..., pooling={how!r})` and `jaxpeft.load_adapter`."

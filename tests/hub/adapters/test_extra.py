@@ -257,7 +257,8 @@ def test_the_files_have_the_mode_of_any_new_file(save, mask, mode):
 
 def test_the_card_of_a_method_that_peft_has_not_does_not_say_peft(save):
     card = (save(jaxpeft.Full(), labels=("no", "maybe", "yes")).folder / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: jaxpeft\n")
+    assert "\nlibrary_name: jaxpeft\n" in card.split("---")[1]
+    assert "from peft" not in card
     assert "# full weights for " in card and "Hugging Face PEFT has no method 'full'" in card
     assert "* outputs, in order: no, maybe, yes" in card
 

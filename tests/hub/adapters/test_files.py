@@ -140,9 +140,6 @@ def test_the_folder_holds_the_adapter_and_never_the_base(save):
         SEQUENCE,
     )
     assert len(extra["base_sha256"]) == 64
-    assert (
-        (saved.folder / "README.md").read_text().startswith("---\nlibrary_name: peft\nbase_model: ")
-    )
 
 
 def test_a_trained_leaf_that_is_not_finite_is_not_saved(save, tmp_path):

@@ -1,0 +1,1 @@
+"""HTML pages of runs and comparisons: self-contained, without scripts and without the network."""

@@ -1,0 +1,58 @@
+"""Write the page of a run: `python -m jaxpeft.report --run DIR [--evaluation FILE.json]`.
+
+The page is one HTML file without scripts, which needs no network: the result, the curves, sample
+answers of the base and of the tuned model, how the run was made, and how to repeat it. A run that
+has not finished gets a page, too. Exit codes: 0 done, 2 bad input, 1 any other failure.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxpeft import atomic
+from jaxpeft.command.parser import Arguments
+from jaxpeft.command.running import run_command
+from jaxpeft.core.options import option
+from jaxpeft.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArguments(Arguments):
+    """The arguments of `report`."""
+
+    run: str | None = option(None, "folder of a run of `python -m jaxpeft.train`")
+    evaluation: tuple[str, ...] = option(
+        (), "files that `python -m jaxpeft.evaluate --json` wrote, to show their metrics"
+    )
+    out: str | None = option(None, "file to write; default report.html in the folder of the run")
+
+
+ARGUMENTS = ReportArguments
+
+
+def main(argv: list[str]) -> int:
+    """Write the page of a run; return the exit code."""
+    return run_command(ReportArguments, argv, __doc__, lambda args, _: _run(args))
+
+
+def _run(args: ReportArguments) -> int:
+    if args.run is None:
+        raise ConfigError("--run: is required: the folder of a run; see --help")
+    from jaxpeft.report import evaluation_file, run_folder, run_page
+
+    out = Path(args.out or Path(args.run) / "report.html")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: {out.parent} is not a folder; create it")
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: is a folder; give the name of a file")
+    run = run_folder.read(Path(args.run))
+    evaluations = [evaluation_file.read(Path(file)) for file in args.evaluation]
+    atomic.write_text(out, run_page.html(run, evaluations))
+    sys.stdout.write(f"wrote {out}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,64 @@
+"""The templates of pages. Every value is escaped; a missing one is an error."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from typing import Any
+
+from jinja2 import PackageLoader, StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+import jaxpeft
+from jaxpeft.report.svg_charts import label
+
+
+def render(template: str, **values: Any) -> str:
+    """Return a page.
+
+    Args:
+        template: file name of its template.
+        **values: values of the template.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        loader=PackageLoader("jaxpeft.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": number,
+        "short": label,
+        "percent": percent,
+        "duration": duration,
+        "size": size,
+        "dedent": textwrap.dedent,
+    }
+    return environment.get_template(template).render(version=jaxpeft.__version__, **values)
+
+
+def number(value: float | None) -> str:
+    """Format a metric with four decimals, or fewer if it is large; a dash for None."""
+    if value is None:
+        return "-"
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
+
+
+def percent(share: float) -> str:
+    """Format a share: `2.876 %`."""
+    return f"{share:.3%}".replace("%", "\u202f%")
+
+
+def duration(seconds: float) -> str:
+    """Format a time: `57.7 s`, `12 min`, `3.4 h`."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def size(count: float) -> str:
+    """Format a number of bytes in MB or kB."""
+    return f"{count / 1e6:.2f} MB" if count >= 1e4 else f"{count / 1e3:.1f} kB"

@@ -1,0 +1,163 @@
+"""The command: what it reads, and what it refuses by name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxpeft.report.__main__ import main
+from tests.report.conftest import SAMPLE, START, WriteRun
+from tests.report.pages import Page
+
+EVALUATION = {
+    "data": "test.jsonl",
+    "tuned": [
+        {"name": "accuracy", "value": 0.8, "low": 0.7, "high": 0.9},
+        {"name": "loss", "value": 2.5, "low": 2.0, "high": 3.0},
+        {"name": "exact match", "value": 0.5},
+    ],
+    "base": [{"name": "accuracy", "value": 0.2, "low": 0.1, "high": 0.3}],
+}
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert main([*words]) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" not in shown
+    return shown
+
+
+def test_an_evaluation_is_shown_with_its_intervals(write_run: WriteRun, tmp_path: Path) -> None:
+    file = tmp_path / "evaluation.json"
+    file.write_text(json.dumps(EVALUATION))
+    out = tmp_path / "page.html"
+    words = ["--run", str(write_run()), "--evaluation", str(file), "--out", str(out)]
+    assert main(words) == 0
+    found = Page(out.read_text())
+    assert "Evaluation on test.jsonl" in found.headings
+    assert "accuracy 0.2000 0.1000 to 0.3000 0.8000 0.7000 to 0.9000 0 1" in found.text
+    assert "loss - 2.5000 2.0000 to 3.0000 2 3" in found.text
+    lines = [(line["x1"], line["x2"]) for line in found.of("line") if "grid" not in line.values()]
+    assert ("70.0", "90.0") in lines and ("10.0", "30.0") in lines and ("80.0", "80.0") in lines
+    assert ("0.0", "100.0") in lines  # of the loss, on its own axis
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({}, "tuned: must be a list of metrics, each with name, value, low and high"),
+        ({"tuned": [{"name": "f1"}]}, "value: is missing"),
+        ({"tuned": [{"name": "f1", "value": "x"}]}, "value: must be a number, is 'x' (str)"),
+        ({"tuned": [], "base": 3}, "base: must be a list of metrics"),
+    ],
+)
+def test_an_evaluation_of_another_form_is_refused(
+    write_run: WriteRun,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    content: dict[str, Any],
+    said: str,
+) -> None:
+    file = tmp_path / "evaluation.json"
+    file.write_text(json.dumps(content))
+    assert f"{file}: {said}" in refused(
+        capsys, "--run", str(write_run()), "--evaluation", str(file)
+    )
+
+
+def test_folders_that_are_no_runs_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--run: is required: the folder of a run" in refused(capsys)
+    gone, empty, comparison = (tmp_path / name for name in ("gone", "empty", "comparison"))
+    empty.mkdir()
+    comparison.mkdir()
+    assert f"--out {gone}/report.html: {gone} is not a folder" in refused(
+        capsys, "--run", str(gone)
+    )
+    out = ("--out", str(tmp_path / "page.html"))
+    assert f"--run {gone}: no such folder; give the folder of a run" in refused(
+        capsys, "--run", str(gone), *out
+    )
+    assert f"--run {empty}: has no config.json, so no run has started in it" in refused(
+        capsys, "--run", str(empty)
+    )
+    for name in ("comparison.json", "config.json"):
+        (comparison / name).write_text("{}")
+    assert "is the folder of a comparison, whose page is comparison.html" in refused(
+        capsys, "--run", str(comparison)
+    )
+    assert f"--out {empty}: is a folder" in refused(
+        capsys, "--run", str(comparison), "--out", str(empty)
+    )
+
+
+def test_a_missing_evaluation_is_named(
+    write_run: WriteRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = refused(capsys, "--run", str(write_run()), "--evaluation", "gone.json")
+    assert (
+        "--evaluation gone.json: no such file; write it with `python -m jaxpeft.evaluate" in shown
+    )
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        (
+            {"run": {**START, "steps": "many"}},
+            "run.json: steps: must be an integer, is 'many' (str)",
+        ),
+        ({"run": {**START, "labels": [1]}}, "run.json: labels[0]: must be a string, is 1"),
+        (
+            {"run": {**START, "rows": {"train": {"rows": "x"}}}},
+            "run.json: rows['train']['rows']: must be an integer",
+        ),
+        ({"summary": {"metric": 3}}, "summary.json: metric: must be a string, is 3 (int)"),
+        ({"summary": {"metric": "loss"}}, "summary.json: steps: is missing"),
+        (
+            {"summary": None, "before": {"figures": {"loss": "low"}}},
+            "before.json: figures['loss']: must be a number, is 'low'",
+        ),
+        (
+            {"samples": [{**SAMPLE, "tuned": 3}]},
+            "samples.jsonl, line 1: must have the texts prompt, expected, base, tuned",
+        ),
+        ({"config": {"model": {"pth": "x"}}}, "config.json: config.model.pth: no such option"),
+    ],
+)
+def test_a_file_that_was_edited_is_named_with_the_field(
+    write_run: WriteRun, capsys: pytest.CaptureFixture[str], parts: dict[str, Any], said: str
+) -> None:
+    folder = write_run(**parts)
+    assert f"{folder}/{said}" in refused(capsys, "--run", str(folder))
+
+
+def test_files_that_are_not_json_are_named(
+    write_run: WriteRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run()
+    (folder / "summary.json").write_text("{")
+    assert f"{folder}/summary.json:1:2: not JSON" in refused(capsys, "--run", str(folder))
+
+
+def test_it_works_without_jax(write_run: WriteRun) -> None:
+    check = (
+        "import sys; from jaxpeft.report.__main__ import main; code = main(sys.argv[1:]);"
+        " print([m for m in ('jax', 'flax', 'torch', 'transformers') if m in sys.modules]);"
+        " sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", check, "--run", str(write_run())],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
