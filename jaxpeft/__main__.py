@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _listing() -> str:
     """Return all commands with the first line of their help."""
-    lines = [f"  {name:9}{str(command_line(name).__doc__).splitlines()[0]}" for name in VERBS]
+    lines = [f"  {name:10}{str(command_line(name).__doc__).splitlines()[0]}" for name in VERBS]
     return "\n".join(
         [
             "jaxpeft: parameter-efficient fine-tuning in JAX. Commands:",

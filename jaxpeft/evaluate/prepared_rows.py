@@ -130,13 +130,8 @@ def _examples(rows: Rows, kind: Kind, config: Config, loaded: AdaptedModel) -> E
         raise DataError(f"{rows.name}: preference pairs cannot be evaluated; use rows with answers")
     if kind in GENERATIVE:
         return make_examples(rows, kind=kind, columns=columns)
-    problem = _PROBLEMS.get(str(loaded.settings.problem_type))
-    if problem is None and kind == "classification":
-        head = read_head(loaded.model.source, config.model.task)
-        problem = head.problem if head else None
-        if loaded.model.options.num_labels == 1:
-            problem = "regression"
-    labeling = _labeling(config.data, loaded)
+    problem = problem_of(loaded, kind)
+    labeling = labeling_of(config.data, loaded)
     if problem == "multi_label":
         column = find_columns(rows.columns(), columns, kind, rows.name).label or ""
         labeling = labeling.with_vectors([record.get(column) for record in rows.records])
@@ -144,7 +139,18 @@ def _examples(rows: Rows, kind: Kind, config: Config, loaded: AdaptedModel) -> E
     return make_examples(rows, kind=kind, columns=columns, like=like)
 
 
-def _labeling(options: DataConfig, loaded: AdaptedModel) -> Labeling:
+def problem_of(loaded: AdaptedModel, kind: Kind) -> ProblemType | None:
+    """Return the problem type of a classifier, of its run or of the base's head, or None."""
+    problem = _PROBLEMS.get(str(loaded.settings.problem_type))
+    if problem is None and kind == "classification":
+        head = read_head(loaded.model.source, loaded.model.options.task)
+        problem = head.problem if head else None
+        if loaded.model.options.num_labels == 1:
+            problem = "regression"
+    return problem
+
+
+def labeling_of(options: DataConfig, loaded: AdaptedModel) -> Labeling:
     """Return the labels of a classifier: those of the run, of the base's head, or numbers."""
     names, origin = loaded.settings.labels, BY_USER if options.labels else ""
     if not names:

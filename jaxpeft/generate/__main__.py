@@ -4,6 +4,8 @@
     --prompts IN.jsonl     complete every row, and write the rows with their completions to
                            --output; a row has a "prompt", "messages" or an "instruction"
     --chat                 talk to the model in the terminal
+    --input FILE           predict the labels of every row with a classifier, and write the rows
+                           with labels and probabilities to --output, or show them
 
 `--adapter` is the folder of an adapter or of the run that trained it; its base is the recorded one
 unless `--model` is given. `--model` alone generates with the base. An interrupted `--prompts` run
@@ -16,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxpeft.choices import Dtype, QuantForm, Strategy
+from jaxpeft.choices import Dtype, QuantForm, Strategy, Task
 from jaxpeft.command.parser import Arguments
 from jaxpeft.command.running import run_command
 from jaxpeft.core.options import option
@@ -35,7 +37,8 @@ class GenerateArguments(Arguments):
     )
     prompt: str | None = option(None, "text to continue")
     prompts: str | None = option(None, "file of rows to complete, such as IN.jsonl")
-    output: str | None = option(None, "JSONL file for the completed rows of --prompts")
+    input: str | None = option(None, "file of rows to classify, such as IN.csv")
+    output: str | None = option(None, "JSONL file for the rows of --prompts or --input")
     chat: bool = option(False, "chat in the terminal")
     max_new_tokens: int = option(256, "maximum number of new tokens of a text", at_least=1)
     temperature: float = option(
@@ -69,6 +72,7 @@ class GenerateArguments(Arguments):
     chat_template: str | None = option(
         None, "name of a chat template, or path of a Jinja file; by default the tokenizer's"
     )
+    task: Task | None = option(None, "task, if the adapter does not record it")
     dtype: Dtype | None = option(None, "dtype of the base; by default the checkpoint's")
     quant: QuantForm | None = option(
         None, "quantization of the base; by default that of the adapter's run"
@@ -92,13 +96,15 @@ def _run(args: GenerateArguments) -> int:
     if problems:
         raise ConfigError(problems)
     # imports JAX, so only for valid arguments
-    from jaxpeft.generate import batch, chat
+    from jaxpeft.generate import batch, chat, predict
     from jaxpeft.generate.session import open_session, sampling_of
 
     sampling_of(args)
     if args.prompts is not None and args.output is not None:
         rows, prompts = batch.read_file(args, args.prompts)
         batch.complete_file(open_session(args), rows, prompts, args.output)
+    elif args.input is not None:
+        predict.predict_file(args, args.input, args.output)
     elif args.chat:
         chat.talk(open_session(args))
     else:
@@ -116,6 +122,7 @@ def _write(text: str) -> None:
 def _problems(args: GenerateArguments) -> list[str]:
     """List the problems across arguments."""
     modes = {"--prompt": args.prompt, "--prompts": args.prompts, "--chat": args.chat or None}
+    modes |= {"--input": args.input}
     given = [flag for flag, value in modes.items() if value is not None]
     found: list[str] = []
     if args.model is None and args.adapter is None:
@@ -125,9 +132,11 @@ def _problems(args: GenerateArguments) -> list[str]:
         found.append(f"{', '.join(modes)}: exactly one is required, {what} given; see --help")
     if args.prompts is not None and args.output is None:
         found.append("--output: is required with --prompts; set the JSONL file to write")
+    if args.prompts is None and args.input is None and args.output is not None:
+        found.append("--output: has no effect without --prompts or --input; remove it")
     if args.output is not None and Path(args.output).exists():
         found.append(f"--output {args.output}: exists already; choose another file, or remove it")
-    needs = {"--output": args.output, "--prompt-column": args.prompt_column}
+    needs = {"--prompt-column": args.prompt_column}
     needs |= {"--samples": None if args.samples == 1 else args.samples}
     needs |= {"--log-probs": args.log_probs or None}
     if args.prompts is None:

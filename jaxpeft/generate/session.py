@@ -167,17 +167,7 @@ def open_session(args: GenerateArguments) -> Session:
     Raises:
         ConfigError: An option is out of range, or the model is not a language model.
     """
-    session = Session(
-        load_adapted(
-            args.model,
-            args.adapter,
-            dtype=args.dtype,
-            quant=args.quant,
-            sharding=None if args.strategy is None else MeshConfig(strategy=args.strategy),
-            allow_base=args.allow_base,
-        ),
-        args,
-    )
+    session = Session(load_requested(args), args)
     task = session.loaded.model.options.task
     if task != "causal_lm":
         raise ConfigError(
@@ -185,3 +175,16 @@ def open_session(args: GenerateArguments) -> Session:
             " rows with --input to predict their labels"
         )
     return session
+
+
+def load_requested(args: GenerateArguments) -> AdaptedModel:
+    """Load the model of a command line."""
+    return load_adapted(
+        args.model,
+        args.adapter,
+        task=args.task,
+        dtype=args.dtype,
+        quant=args.quant,
+        sharding=None if args.strategy is None else MeshConfig(strategy=args.strategy),
+        allow_base=args.allow_base,
+    )

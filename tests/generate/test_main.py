@@ -26,7 +26,7 @@ MOST = "--max-new-tokens=6"
             (),
             (
                 "--adapter: is required, or --model for a base alone; see --help",
-                "--prompt, --prompts, --chat: exactly one is required, none is given; see --help",
+                "--prompt, --prompts, --chat, --input: exactly one is required, none is given; see --help",
             ),
         ),
         (("--model=m", "--prompt=a", "--chat"), ("--prompt and --chat are given",)),
@@ -34,7 +34,7 @@ MOST = "--max-new-tokens=6"
         (
             ("--model=m", "--prompt=a", "--output=b", "--samples=2", "--log-probs", "--system=s"),
             (
-                "--output: has no effect without --prompts; remove it",
+                "--output: has no effect without --prompts or --input; remove it",
                 "--samples: has no effect without --prompts; remove it",
                 "--log-probs: has no effect without --prompts; remove it",
                 "--system: --prompt continues a text without a chat",

@@ -25,7 +25,7 @@ from jaxpeft.data.chat.dialogs import (
 from jaxpeft.data.examples.labeling import BY_USER, Labeling, find_labels
 from jaxpeft.data.examples.labels import DROP_UNLABELED, ProblemType, label_array, label_float
 from jaxpeft.data.problems import Problems, Record, RowError, excerpt
-from jaxpeft.data.rows.columns import Columns, Kind, find_columns
+from jaxpeft.data.rows.columns import Columns, Kind, find_columns, find_text_columns
 from jaxpeft.data.rows.read import Rows
 from jaxpeft.errors import ConfigError, DataError, nearest
 
@@ -157,6 +157,35 @@ def make_examples(
         found,
         rows,
     )
+
+
+def make_unlabeled(
+    rows: Rows, *, kind: Kind, problem: ProblemType | None, columns: Columns, labels: Sequence[str]
+) -> Examples:
+    """Convert rows without labels to examples, to predict their labels; each has the first label.
+
+    Args:
+        rows: the rows.
+        kind: `classification` or `token_classification`.
+        problem: the problem type of a classification.
+        columns: the columns to use; unset ones are found by their usual names.
+        labels: the class names in order.
+
+    Raises:
+        DataError: columns are missing or ambiguous, or a text is missing or mistyped.
+    """
+    found = find_text_columns(rows.columns(), columns, kind, rows.name)
+    problems = Problems()
+    words = kind == "token_classification"
+    texts: Any = _column(rows, found.text, _words if words else read_text, problems)
+    pairs = _column(rows, found.text_pair, read_text, problems) if found.text_pair else None
+    problems.raise_if_any()
+    ids: Any = [
+        [0] * len(text) if words else [] if problem == "multi_label" else 0 for text in texts
+    ]
+    labeling = Labeling(tuple(labels), BY_USER)
+    arrays = _arrays(ids, problem, len(labels))
+    return Examples(kind, problem, texts, pairs, arrays, labeling, found, rows)
 
 
 def split_at(rows: Rows, separator: str, columns: Columns) -> Rows:

@@ -237,16 +237,34 @@ def find_columns(present: Sequence[str], requested: Columns, kind: str, name: st
     """
     if kind in GENERATIVE:
         return _find_fields(present, requested, kind, name)
-    _refuse_foreign(
-        requested,
-        {"text", "label"} | ({"text_pair"} if kind == "classification" else set()),
-        kind,
-        name,
-    )
+    return _find_classified(present, requested, kind, name, labeled=True)
+
+
+def find_text_columns(present: Sequence[str], requested: Columns, kind: str, name: str) -> Columns:
+    """Return the columns of texts to classify, without that of the label.
+
+    Args:
+        present: see `find_columns`.
+        requested: see `find_columns`; its label is ignored.
+        kind: `classification` or `token_classification`.
+        name: see `find_columns`.
+
+    Raises:
+        DataError: a named column is missing, or the text has no column or several candidates.
+    """
+    unlabeled = dataclasses.replace(requested, label=None)
+    return _find_classified(present, unlabeled, kind, name, labeled=False)
+
+
+def _find_classified(
+    present: Sequence[str], requested: Columns, kind: str, name: str, *, labeled: bool
+) -> Columns:
+    fields = {"text", "label"} | ({"text_pair"} if kind == "classification" else set())
+    _refuse_foreign(requested, fields, kind, name)
     problems = _absent(present, requested, name)
     text, pair = _find_texts(present, requested, kind, name, problems)
     label = requested.label
-    if label is None:
+    if label is None and labeled:
         usual = TAGS if kind == "token_classification" else LABELS
         label = _find("label", usual, present, name, problems, (text, pair))
     if problems and (hint := _header_hint(present, requested, name)):
