@@ -123,8 +123,14 @@ def test_case_18_stopped_after_every_step_it_ends_bit_equal_with_packing_dropout
         marks.same_end(stopped, whole)
 
 
+@pytest.mark.parametrize("legs", [((4, 6),), ((2, 3), (4, 6))], ids=["4", "2 and 4"])
+@pytest.mark.representatives("4")
 def test_case_19_on_other_numbers_of_devices_the_batches_are_the_same_and_the_losses_close(
-    tiny_models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks: Marks
+    tiny_models: Mapping[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    marks: Marks,
+    legs: tuple[tuple[int, int], ...],
 ) -> None:
     seen: list[str] = []
     put_batch = loop.put_batch
@@ -140,7 +146,7 @@ def test_case_19_on_other_numbers_of_devices_the_batches_are_the_same_and_the_lo
     whole, job = Job(config, tmp_path / "whole"), Job(config, tmp_path / "run")
     assert whole.here().returncode == 0
     ids, seen[:] = list(seen), []
-    for devices, stop in ((2, 3), (4, 6)):
+    for devices, stop in legs:
         with monkeypatch.context() as patch:
             stop_after(patch, stop)
             done = job.here(f"--config.mesh.data={devices}")

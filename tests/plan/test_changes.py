@@ -10,7 +10,7 @@ from jaxpeft.plan.changes import add_nearest, changes, repairs, summary
 from jaxpeft.plan.examine import Setting, examine
 from jaxpeft.plan.report import Memory, Row
 from jaxpeft.plan.subject import with_changes
-from tests.plan.tiny import SMALL, write
+from tests.plan.tiny import NARROW, SMALL, write
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_batch_that_cannot_be_spread_is_repaired(config):
 
 def setting(limit):
     where = topology.read("cpu:8")
-    return Setting(SMALL, where, topology.devices(where), limit, True)
+    return Setting(SMALL | NARROW, where, topology.devices(where), limit, True)
 
 
 def test_the_nearest_change_is_compiled_and_fits(config):

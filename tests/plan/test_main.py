@@ -217,7 +217,7 @@ def test_every_strategy_on_a_cpu(tmp_path):
 
 
 def test_a_gpu_that_is_not_there_is_planned_by_arithmetic(tmp_path):
-    found, printed = planned(tmp_path, "--topology", "h100:8", "--strategies", "fsdp")
+    found, printed = planned(tmp_path, "--topology", "h100:8", "--strategies", "fsdp", **NARROW)
     (row,) = found["rows"]
     assert "no GPU is used: memory is estimated" in printed
     assert (row["attention"], row["traffic"], row["roofline"]["memory"]) == ("cudnn", None, None)
@@ -260,7 +260,7 @@ def test_where_every_strategy_is_refused_the_reasons_are_the_answer(tmp_path, ca
 
 
 def test_nothing_fits(tmp_path, capsys):
-    file, described = write(tmp_path)
+    file, described = write(tmp_path, **NARROW)
     files = ["--config", str(file), "--model-config", str(described)]
     words = ["--topology", "cpu:8", "--hbm", "0.01", "--strategies", "fsdp", "--tries", "0"]
     out = tmp_path / "plan.json"

@@ -140,14 +140,11 @@ LOADED = {
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize(("tied", "options"), LOADED.values(), ids=LOADED)
 @pytest.mark.representatives(
-    "*, trained-False",
     "embeddings changed, tied-True",
-    "embedding adapted, tied-False",
     "rows of tokens, tied-True",
     "*both adapted-False",
     "*rows of both*-True",
     "tied by its option-False",
-    "*their rows, tied-False",
 )
 def test_it_computes_what_peft_does(reference, tmp_path, tied, options, scan):
     folder = reference("llama", CAUSAL, tie_word_embeddings=tied).folder
