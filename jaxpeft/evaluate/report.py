@@ -13,6 +13,7 @@ from jaxpeft.evaluation.metrics import LOWER_IS_BETTER
 from jaxpeft.evaluation.paired import count_wins, mcnemar
 
 _MOST_CLASSES, _MOST_CONFUSED, _LONGEST = 30, 10, 70
+_SMALLEST = 1e-6
 _LOWER = LOWER_IS_BETTER | {"bits_per_byte", "ece"}
 
 
@@ -93,15 +94,19 @@ def _paired(found: Assessment) -> Iterator[str]:
         one = count_wins(scores, other.scores[name], lower_is_better=lower_is_better(name))
         yield (
             f"{name} by row: better in {one.wins}, worse in {one.losses}, equal in {one.ties}"
-            f" (sign test p = {one.p:.3g})"
+            f" (sign test {_p(one.p)})"
         )
     for name, right in own.correct.items():
         test = mcnemar(right, other.correct[name])
         yield (
             f"{name}: only this model right in {test.only_own}, only the other in"
-            f" {test.only_other}, both in {test.both}, neither in {test.neither} (McNemar p ="
-            f" {test.p:.3g})"
+            f" {test.only_other}, both in {test.both}, neither in {test.neither} (McNemar"
+            f" {_p(test.p)})"
         )
+
+
+def _p(p: float) -> str:
+    return f"p = {p:.3g}" if p >= _SMALLEST else f"p < {_SMALLEST}"
 
 
 def _forgetting(one: Forgetting, found: Assessment) -> Iterator[str]:
@@ -173,6 +178,8 @@ def _changed_rows(found: Assessment, count: int) -> Iterator[str]:
 
 
 def _worst_rows(found: Assessment, count: int) -> Iterator[str]:
+    if not count:
+        return
     name = next(iter(found.own.scores))
     yield ""
     yield f"worst rows, by {name}:"

@@ -36,15 +36,17 @@ def lm_statistic(losses: RowLosses) -> Statistic:
     """Return the statistic of a language model: `loss`, the mean over all tokens, `perplexity` and
     `bits_per_byte`.
 
-    Bits per byte compare models with different tokenizers. They are left out if the text of some
-    resample might have no bytes, as that of special tokens.
+    Bits per byte compare models with different tokenizers. They are left out if the tokens have no
+    text, as special tokens.
     """
+    has_text = losses.sizes.any()
 
     def compute(chosen: np.ndarray) -> Mapping[str, float]:
         total, tokens = float(losses.total[chosen].sum()), float(losses.tokens[chosen].sum())
         found = lm_metrics(total, tokens)
-        if losses.sizes.min() > 0:
-            found["bits_per_byte"] = total / math.log(2) / float(losses.sizes[chosen].sum())
+        if has_text:
+            size = max(int(losses.sizes[chosen].sum()), 1)
+            found["bits_per_byte"] = total / math.log(2) / size
         return found
 
     return compute

@@ -20,6 +20,6 @@ def test_loss_is_weighted_by_tokens_and_bits_by_bytes():
     assert lm_statistic(losses)(np.array([1, 1]))["loss"] == pytest.approx(3.0)
 
 
-def test_rows_without_bytes_have_no_bits_per_byte():
-    losses = RowLosses(np.array([2.0, 9.0]), np.array([2, 3]), np.array([10, 0]))
+def test_special_tokens_alone_have_no_bits_per_byte():
+    losses = RowLosses(np.array([2.0, 9.0]), np.array([2, 3]), np.array([0, 0]))
     assert list(lm_statistic(losses)(np.arange(2))) == ["loss", "perplexity"]

@@ -1,0 +1,57 @@
+"""Scores of generated answers, and code whose tests run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jaxpeft.evaluate import generated
+from jaxpeft.evaluate.generated import Generating, generate_texts
+from jaxpeft.inference.adapted_model import load_adapted
+from tests.train.runs import WORDS
+
+
+def test_answers_are_those_of_transformers(tiny_models):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = load_adapted(str(tiny_models["llama"]))
+    prompts = [[2, 10, 11], [2, 12, 13, 14, 15]]
+    texts = generate_texts(loaded, loaded.params, prompts, Generating(max_new_tokens=5))
+    theirs = AutoModelForCausalLM.from_pretrained(tiny_models["llama"], dtype=torch.float32)
+    for prompt, text in zip(prompts, texts, strict=True):
+        out = theirs.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=5,
+            do_sample=False,
+            eos_token_id=3,
+            pad_token_id=0,
+        )
+        assert text == loaded.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+
+
+@pytest.mark.skipif("sys.platform != 'linux'", reason="Linux limits the process")
+def test_the_tests_of_each_row_run_with_its_answer(trained, evaluate, monkeypatch, tmp_path):
+    run = trained("answers")
+    rows = [
+        {"prompt": WORDS[5], "completion": WORDS[6], "test_list": [f"assert x == {i}"]}
+        for i in range(3)
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = ["x = 0", "```python\nx = 1\n```", "x = 7"]
+    monkeypatch.setattr(generated, "generate_texts", lambda *_: answers)
+    found, shown = evaluate(
+        "--adapter",
+        run.folder,
+        "--data",
+        data,
+        "--run-code=answer",
+        "--separator= ",
+        "--format=prompt_completion",
+    )
+    assert found["metrics"]["code_passes"]["value"] == pytest.approx(2 / 3)
+    assert [row["scores"]["code_passes"] for row in found["rows"]] == [1, 1, 0]
+    assert [row["prediction"] for row in found["rows"]] == answers
+    assert "code_passes" in shown

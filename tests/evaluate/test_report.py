@@ -1,0 +1,23 @@
+"""The report as text."""
+
+from __future__ import annotations
+
+from jaxpeft.evaluate.report import table
+
+
+def test_a_table_is_aligned():
+    assert table(["name", "x"], [["a", "12"], ["longer", "3"]]) == [
+        "name     x",
+        "a       12",
+        "longer   3",
+    ]
+
+
+def test_rows_are_shown_on_demand(trained, evaluate):
+    run = trained("single")
+    common = ("--adapter", run.folder, "--data", run.rows, "--against=base")
+    _, shown = evaluate(*common, "--show=2")
+    assert shown.count("test.jsonl:") == 2 + 2 and "    other: " in shown
+    _, none = evaluate(*common, "--show=0")
+    assert "worst rows" not in none and "test.jsonl:" not in none
+    assert "(sign test p" in none and "(McNemar p" in none
