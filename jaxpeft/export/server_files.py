@@ -84,6 +84,9 @@ def _require(
     elif model_type not in files.embeddings:
         known = ", ".join(files.embeddings)
         problems.append(f"the architecture is {model_type}, not one of {known}")
+    added = outline.model.config.vocab_size - int(outline.config["vocab_size"])
+    if added > 0:
+        problems.append(f"the model has {added} added tokens, which the base of a server has not")
     for part in adapter.parts:
         saved = read_json(part / CONFIG).get("modules_to_save")
         if saved:
@@ -142,7 +145,8 @@ def _export(files: ServerFiles, job: Job, folder: Path) -> Report:
 def _can_merge(job: Job) -> bool:
     """Return whether plain weights can hold the adapter; a bias needs a place in the base."""
     parts = parts_that_add(job.method, MARKERS)
-    roots = {name: job.params[name] for part in parts for name in part.leaves.root}
+    names = [name for part in parts for name in part.leaves.root]
+    roots = {name: job.params[name] for name in names if name in job.params}
 
     def fold(params: Tree) -> None:
         tree = dequantize(params) if job.outline.plan.held else params

@@ -30,6 +30,15 @@ def test_a_classifier_is_refused_with_every_reason(make, tmp_path, to):
     assert "modules_to_save is ['classifier'], which are trained in full" in text
 
 
+@pytest.mark.parametrize("to", SERVERS)
+def test_added_tokens_are_refused(make, tmp_path, to):
+    made = make(LORA, "llama", CAUSAL, vocab_size=103)
+    text = made.refused(tmp_path / "out", to=to)
+    assert (
+        "the model has 4 added tokens, which the base of a server has not; use --to merged" in text
+    )
+
+
 @pytest.mark.parametrize("to", ["vllm", "gguf-lora"])
 def test_a_magnitude_is_refused(make, tmp_path, to):
     made = make(jaxpeft.DoRA(rank=4, targets=("q_proj",)), "llama", CAUSAL)
