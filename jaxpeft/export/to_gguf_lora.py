@@ -15,6 +15,7 @@ parentheses): `convert_lora_to_gguf.py` (0b03ada), `permute` and `modify_tensors
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,11 @@ def _package() -> Any:
         ConfigError: It is not installed.
     """
     try:
-        import gguf
+        return importlib.import_module("gguf")
     except ImportError as error:
         raise ConfigError(
             "--to gguf-lora: needs the package gguf; install it with pip install 'jaxpeft[gguf]'"
         ) from error
-    return gguf
 
 
 def _require_package() -> None:

@@ -199,8 +199,8 @@ class _Run:
     ) -> list[Completion]:
         """Complete the prompts of one batch, which are those of `rows`."""
         over = 1 if self.mesh is None else row_shards(self.mesh.shape)
-        count = -(-_padded(len(prompts), 1) // over) * over
-        ids = np.zeros((count, _padded(max(map(len, prompts)), 16)), np.int32)
+        count = -(-padded_size(len(prompts), 1) // over) * over
+        ids = np.zeros((count, padded_size(max(map(len, prompts)), 16)), np.int32)
         sizes = np.ones(count, np.int32)
         for i, prompt in enumerate(prompts):
             ids[i, : len(prompt)], sizes[i] = prompt, len(prompt)
@@ -265,7 +265,7 @@ def _text(row: np.ndarray[Any, Any]) -> list[int]:
     return row[row != NO_TOKEN].tolist()
 
 
-def _padded(count: int, least: int) -> int:
+def padded_size(count: int, least: int) -> int:
     """Return a count rounded up to one of few sizes, at most a quarter above it."""
     unit = max(least, 1 << max(0, math.ceil(math.log2(max(count, 1))) - 3))
     return -(-count // unit) * unit
