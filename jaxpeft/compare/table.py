@@ -219,7 +219,11 @@ def markdown(config: Config, found: Mapping[str, Any]) -> str:
 def _introduction(config: Config, found: Mapping[str, Any]) -> str:
     train, seeds = config.train, found["seeds"]
     rows = config.data.test or config.data.validation or "held-out rows"
-    length = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epoch{'s' * (train.epochs != 1)}"
+    length = (
+        f"{train.steps} steps"
+        if train.steps
+        else f"{train.epochs:g} epoch{'s' * (train.epochs != 1)}"
+    )
     listed = f"{'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))}"
     where = f"{found['device']}, jax {found['jax']}"
     return (
