@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from jaxpeft.evaluation.metrics import LOWER_IS_BETTER
 from jaxpeft.hub.sources import public_name
 from jaxpeft.names import short_path
 from jaxpeft.report import svg_charts
-from jaxpeft.report.evaluation_file import Estimate, Evaluation
+from jaxpeft.report.evaluation_file import Evaluation, Measure
 from jaxpeft.report.incidents import find_incidents
 from jaxpeft.report.page_templates import render
 from jaxpeft.report.run_folder import RunFolder, Start
@@ -53,7 +54,7 @@ def html(run: RunFolder, evaluations: Sequence[Evaluation] = ()) -> str:
         share=_share(run),
         metrics=_metric_rows(run),
         charts=_charts(run, metric),
-        evaluations=[(one.title, _compare(one)) for one in evaluations],
+        evaluations=[(one, _drawn(one.measures), _drawn(one.forgotten)) for one in evaluations],
         incidents=find_incidents(run, metric),
         forgetting=result.forgetting if result else None,
         subject=_subject(run),
@@ -135,32 +136,30 @@ def _of(metric: str) -> str:
 
 
 @dataclass(frozen=True)
-class ComparedRow:
-    """A metric of the tuned model and of the other, with the axis of both intervals."""
+class DrawnMeasure:
+    """A metric of an evaluation with the axis of its intervals."""
 
-    tuned: Estimate
-    base: Estimate | None
+    measure: Measure
     axis: Axis
 
     @property
     def marks(self) -> list[tuple[int, float, float | None, float | None]]:
-        """The color, value and interval of each, the tuned model first."""
-        both = [(0, self.tuned), (1, self.base)]
+        """The color, value and interval of each model, that of the run first."""
+        both = [(0, self.measure.own), (1, self.measure.other)]
         return [(color, one.value, one.low, one.high) for color, one in both if one is not None]
 
 
-def _compare(evaluation: Evaluation) -> list[ComparedRow]:
-    rows: list[ComparedRow] = []
-    for tuned in evaluation.tuned:
-        base = evaluation.base.get(tuned.name)
+def _drawn(measures: Sequence[Measure]) -> list[DrawnMeasure]:
+    rows: list[DrawnMeasure] = []
+    for measure in measures:
         ends = [
             end
-            for one in (tuned, base)
+            for one in (measure.own, measure.other)
             if one is not None
             for end in (one.value, one.low, one.high)
-            if end is not None
+            if end is not None and math.isfinite(end)
         ]
-        rows.append(ComparedRow(tuned, base, svg_charts.interval_axis(ends)))
+        rows.append(DrawnMeasure(measure, svg_charts.interval_axis(ends or [0.0])))
     return rows
 
 

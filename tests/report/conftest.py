@@ -25,6 +25,41 @@ START = {
     "data": {"sources": {"train": "c" * 64, "validation": "d" * 64}, "tokenizer": "e" * 64},
     "environment": {"jaxpeft": "0.1.0", "jax": "0.10.2", "device": "tiny", "devices": 8},
 }
+EVALUATION = {
+    "version": 1,
+    "model": "run/adapter",
+    "against": "base",
+    "data": {"path": "test.jsonl", "rows": 200},
+    "bootstrap": {"level": 0.9, "seed": 0},
+    "metrics": {
+        "accuracy": {
+            "value": 0.8,
+            "low": 0.7,
+            "high": 0.9,
+            "against": {"value": 0.2, "low": 0.1, "high": 0.3},
+            "difference": {"value": 0.6, "low": 0.5, "high": 0.7},
+            "p": 0.002,
+        },
+        "loss": {"value": 2.5, "low": 2.0, "high": 3.0},
+    },
+    "paired": {"wins": {"accuracy": {"wins": 130, "losses": 10, "ties": 60, "p": 1e-9}}},
+    "changed": [1],
+    "rows": [
+        {"input": "a"},
+        {
+            "input": "my card",
+            "truth": "lost",
+            "prediction": "lost",
+            "against": {"prediction": "stolen"},
+        },
+    ],
+    "forgetting": {
+        "path": "stories.txt",
+        "rows": 50,
+        "metrics": {"loss": {"value": 1.75, "low": None, "high": None}},
+    },
+}
+"""What `python -m jaxpeft.evaluate --json` writes, shortened."""
 SAMPLE = {"prompt": "table: people", "expected": "SELECT a", "base": "", "tuned": "SELECT b"}
 
 

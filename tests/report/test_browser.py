@@ -14,10 +14,9 @@ from typing import Any
 
 import pytest
 
-from jaxpeft.report import run_folder, run_page
-from jaxpeft.report.evaluation_file import Estimate, Evaluation
+from jaxpeft.report import evaluation_file, run_folder, run_page
 from tests.compare.pages import write_comparison
-from tests.report.conftest import SAMPLE, START, WriteRun
+from tests.report.conftest import EVALUATION, SAMPLE, START, WriteRun
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -93,8 +92,9 @@ def pages(write_run: WriteRun, tmp_path: Path) -> Mapping[str, str]:
     labels = [f"a_rather_long_name_of_a_class_{i}" for i in range(40)]
     samples = [SAMPLE, dict.fromkeys(SAMPLE, HOSTILE), dict.fromkeys(SAMPLE, LONG)]
     folder = write_run(samples=samples, run={**START, "labels": [*labels, LONG]})
-    estimates = [Estimate("accuracy", 0.8, 0.7, 0.9), Estimate(LONG[:40], 1234.5, 1200.0, 1300.0)]
-    evaluation = Evaluation(LONG, estimates, {"accuracy": Estimate("accuracy", 0.2, 0.1, 0.3)})
+    rows = tmp_path / "evaluation.json"
+    rows.write_text(json.dumps({**EVALUATION, "data": {"path": LONG, "rows": 3}, "against": LONG}))
+    evaluation = evaluation_file.read(rows)
     return {
         "run": run_page.html(run_folder.read(folder), [evaluation]),
         "comparison": write_comparison(tmp_path / "comparison").read_text(),

@@ -11,18 +11,8 @@ from typing import Any
 import pytest
 
 from jaxpeft.report.__main__ import main
-from tests.report.conftest import SAMPLE, START, WriteRun
+from tests.report.conftest import EVALUATION, SAMPLE, START, WriteRun
 from tests.report.pages import Page
-
-EVALUATION = {
-    "data": "test.jsonl",
-    "tuned": [
-        {"name": "accuracy", "value": 0.8, "low": 0.7, "high": 0.9},
-        {"name": "loss", "value": 2.5, "low": 2.0, "high": 3.0},
-        {"name": "exact match", "value": 0.5},
-    ],
-    "base": [{"name": "accuracy", "value": 0.2, "low": 0.1, "high": 0.3}],
-}
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -39,21 +29,39 @@ def test_an_evaluation_is_shown_with_its_intervals(write_run: WriteRun, tmp_path
     words = ["--run", str(write_run()), "--evaluation", str(file), "--out", str(out)]
     assert main(words) == 0
     found = Page(out.read_text())
-    assert "Evaluation on test.jsonl" in found.headings
-    assert "accuracy 0.2000 0.1000 to 0.3000 0.8000 0.7000 to 0.9000 0 1" in found.text
-    assert "loss - 2.5000 2.0000 to 3.0000 2 3" in found.text
+    assert "Evaluation on 200 rows of test.jsonl" in found.headings
+    for part in (
+        "base tuned value and 90% interval difference p",
+        "accuracy 0.2000 0.1000 to 0.3000 0.8000 0.7000 to 0.9000 0 1 0.6000 0.5000 to 0.7000 0.002",
+        "loss - 2.5000 2.0000 to 3.0000 2 3 - -",
+        "compared with base: better in 130, worse in 10, equal in 60 (sign test p = 1e-09)",
+        "my card lost stolen lost",
+        "Forgetting on 50 rows of stories.txt",
+        "loss - 1.7500",
+    ):
+        assert part in found.text, part
     lines = [(line["x1"], line["x2"]) for line in found.of("line") if "grid" not in line.values()]
     assert ("70.0", "90.0") in lines and ("10.0", "30.0") in lines and ("80.0", "80.0") in lines
     assert ("0.0", "100.0") in lines  # of the loss, on its own axis
 
 
+def without(name: str) -> dict[str, Any]:
+    return {key: value for key, value in EVALUATION.items() if key != name}
+
+
+METRIC = {"accuracy": {"value": "high"}}
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({}, "tuned: must be a list of metrics, each with name, value, low and high"),
-        ({"tuned": [{"name": "f1"}]}, "value: is missing"),
-        ({"tuned": [{"name": "f1", "value": "x"}]}, "value: must be a number, is 'x' (str)"),
-        ({"tuned": [], "base": 3}, "base: must be a list of metrics"),
+        ({"version": 2}, "version must be 1, is 2; write the file again"),
+        (without("metrics"), "metrics: must be an object, is None"),
+        ({**EVALUATION, "metrics": {"f1": {}}}, "value: is missing"),
+        ({**EVALUATION, "metrics": METRIC}, "value: must be a number, is 'high' (str)"),
+        ({**EVALUATION, "changed": [0]}, "changed: 0 is not the index of a row with both"),
+        ({**EVALUATION, "changed": ["x"]}, "changed: 'x' is not the index of a row with both"),
+        ({**EVALUATION, "bootstrap": {"level": []}}, "level: must be a number, is []"),
     ],
 )
 def test_an_evaluation_of_another_form_is_refused(
@@ -65,9 +73,8 @@ def test_an_evaluation_of_another_form_is_refused(
 ) -> None:
     file = tmp_path / "evaluation.json"
     file.write_text(json.dumps(content))
-    assert f"{file}: {said}" in refused(
-        capsys, "--run", str(write_run()), "--evaluation", str(file)
-    )
+    shown = refused(capsys, "--run", str(write_run()), "--evaluation", str(file))
+    assert f"{file}: {said}" in shown
 
 
 def test_folders_that_are_no_runs_are_refused(
