@@ -32,7 +32,7 @@ def report(found: Assessment, count: int) -> str:
     ]
     dropped = len(rows.examples) - len(found.own)
     if dropped:
-        lines.append(f"{dropped} rows have no token in the loss and are not evaluated")
+        lines.append(f"rows without a token in the loss, which are not evaluated: {dropped}")
     lines += ["", *_metrics(found.metrics, found), *_paired(found)]
     if found.forgetting is not None:
         lines += ["", *_forgetting(found.forgetting, found)]

@@ -145,7 +145,6 @@ class AdaLoRA(Biased):
                 "lora_ga_config",
                 "qalora_group_size",
                 "megatron_core",
-                "ensure_weight_tying",
                 "fan_in_fan_out",
             }
         ),

@@ -178,7 +178,6 @@ class LoRA(Biased, Ranked):
                 "lora_ga_config",
                 "qalora_group_size",
                 "megatron_core",
-                "ensure_weight_tying",
             }
         ),
         companion=TOKEN_INDICES,

@@ -30,6 +30,7 @@ COMMON = frozenset(
         "revision",
         "inference_mode",
         "runtime_config",
+        "ensure_weight_tying",  # written for any method that trains a tied embedding
         "jaxpeft",
         "modules_to_save",
     }

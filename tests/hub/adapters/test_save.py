@@ -275,6 +275,17 @@ def test_a_tied_embedding_that_is_saved_whole_stays_tied_in_peft(reference, tmp_
     assert_same(torch_model, peft_load(torch_model.folder, CAUSAL, tmp_path), model, params)
 
 
+def test_a_model_with_a_tied_head_that_was_trained_in_full_loads_again(reference, tmp_path):
+    model, base = reference("llama", CAUSAL, tie_word_embeddings=True).load()
+    assert "lm_head" not in base
+    method = jaxpeft.Full()
+    params = trained(method, jaxpeft.rewrite(method, base, jax.random.key(0)))
+    jaxpeft.save_adapter(tmp_path / "a", method, params, model)
+    _, again = jaxpeft.load_adapter(tmp_path / "a", model, base)
+    assert ours(model, again) == pytest.approx(ours(model, params), abs=1e-6)
+    assert np.abs(ours(model, again) - ours(model, base)).max() > 1e-3
+
+
 def tied_in_peft(torch_model, folder, **options):
     return peft_save(
         torch_model.folder,
