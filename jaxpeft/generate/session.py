@@ -40,6 +40,7 @@ class Session:
         return PromptEncoder(
             self.loaded.tokenizer,
             separator=settings.separator or "",
+            add_bos=bool((settings.data or {}).get("add_bos", True)),
             chat_template=self.args.chat_template,
         )
 
