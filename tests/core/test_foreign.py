@@ -4,6 +4,7 @@ and vmap.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -111,6 +112,30 @@ def test_every_linear_linen_module_computes_as_its_merged_kernel(name: str, meth
     assert np.abs(out - plain).max() > 1e-2
     folded = jaxpeft.merge(method, params, sites=sites)
     assert_close(model.apply({"params": folded}, x), out)
+
+
+class Normed(nn.Module):
+    """A residual block of convolutions, with statistics."""
+
+    @nn.compact
+    def __call__(self, x: Any, *, train: bool) -> Any:
+        y = nn.Conv(4, (3, 3), name="conv")(x)
+        return x + jax.nn.relu(nn.BatchNorm(use_running_average=not train, name="norm")(y))
+
+
+def test_a_module_with_statistics_computes_as_its_merged_kernel() -> None:
+    model, x, method = Normed(), random(2, 6, 6, 4), jaxpeft.LoHa(rank=2)
+    made = jax.jit(partial(model.init, train=True))(jax.random.key(0), x)
+    base, rest = made["params"], {"batch_stats": {"norm": {"mean": random(4), "var": jnp.ones(4)}}}
+    sites = jaxpeft.find_sites(model, base, x, variables=rest, train=False)
+    assert [site.kind for site in sites].count("linear") == 1
+    fresh = jaxpeft.rewrite(method, base, jax.random.key(0), sites=sites)
+    params = moved(method, fresh)
+    run = jax.jit(lambda p: jaxpeft.apply(model, p, x, variables=rest, train=False))
+    assert_close(run(jaxpeft.merge(method, params, sites=sites)), run(params))
+    plain = jax.jit(partial(model.apply, train=False))({"params": base, **rest}, x)
+    np.testing.assert_allclose(run(fresh), plain, atol=1e-5)
+    assert np.abs(run(params) - plain).max() > 1e-2
 
 
 def test_embeddings_are_adapted_and_tied_heads_compute_with_trained_tokens() -> None:
@@ -317,7 +342,7 @@ class NnxStack(nnx.Module):
     [jaxpeft.LoRA(rank=2, dropout=0.5), jaxpeft.DoRA(rank=2), jaxpeft.VeRA(rank=3)],
     ids=lambda m: m.name,
 )
-@pytest.mark.representatives("lora-a list", "vera-scan of remat", "dora-scan of remat")
+@pytest.mark.representatives("lora-a list", "vera-scan of remat")
 def test_nnx_attention_and_embeddings_in_lists_and_under_scan_and_remat(
     method: Any, scanned: bool
 ) -> None:

@@ -81,7 +81,7 @@ def test_the_feed_forward_of_gpt2_of_flaxmodels(method: Any) -> None:
 @pytest.mark.parametrize(
     "method", [jaxpeft.LoRA(rank=2), jaxpeft.LoHa(rank=2)], ids=lambda m: m.name
 )
-@pytest.mark.representatives("loha")
+@pytest.mark.slow  # test_foreign has a small module with statistics
 def test_resnet_of_flaxmodels_with_its_statistics(method: Any) -> None:
     import flaxmodels
 

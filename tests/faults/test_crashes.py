@@ -190,7 +190,7 @@ def _damaged(job: Job, whole: Job, marks: Marks, how: str, what: str) -> None:
     file = largest(job.checkpoints / str(newest))
     damage(file, how)
     kept = files(job.checkpoints / str(before))
-    done = job()
+    done = job.here()
     marks.exit(done, 0)
     name = file.relative_to(job.checkpoints / str(newest))
     marks.message(done, f"{job.checkpoints}/{newest}: {name} {what}; resuming from step {before}")

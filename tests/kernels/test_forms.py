@@ -32,6 +32,7 @@ def held(name: str, kernel: Any, **options: Any) -> dict[str, Any]:
 
 @every_form
 @pytest.mark.parametrize("shape", [(64, 40), (128, 96), (172, 64), (32, 48), (1000, 6)])
+@pytest.mark.representatives("*-nf4", "shape0-*", "shape4-*")
 def test_a_kernel_comes_back_in_its_shape_and_near(name: str, shape: tuple[int, int]) -> None:
     form, kernel = QUANTIZED[name], normal(*shape)
     leaves = held(name, kernel)

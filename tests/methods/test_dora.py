@@ -190,7 +190,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 @quiet
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to .True.:UserWarning")
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.representatives("embedding", "patterns", "all biases")
+@pytest.mark.representatives("embedding", "patterns")
 def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> None:
     kind, options, peft = VARIANTS[name]
     method = jaxpeft.DoRA(rank=4, alpha=6.0, **options)

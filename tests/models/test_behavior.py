@@ -12,6 +12,7 @@ import pytest
 import jaxpeft
 from jaxpeft.errors import DataError
 from jaxpeft.models.masks import positions
+from tests.models.conftest import forward
 
 ALL = ("llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "distilbert")
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
@@ -91,11 +92,11 @@ def count_kept(function, params):
 @pytest.mark.parametrize(("kind", "scan_layers"), RUNS)
 @pytest.mark.representatives("bert-True", "distilbert-False")
 def test_bf16(load, padded, kind, scan_layers):
-    exact = jaxpeft.apply(*load(kind), padded[1].ids, padded[1].mask)
+    exact = forward(*load(kind), padded[1].ids, padded[1].mask)
     model, params = load(kind, dtype=jnp.bfloat16, scan_layers=scan_layers)
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(params)}
     assert jnp.dtype(jnp.bfloat16) in dtypes
-    logits = jaxpeft.apply(model, params, padded[1].ids, padded[1].mask)
+    logits = forward(model, params, padded[1].ids, padded[1].mask)
     assert logits.dtype == jnp.float32
     real = padded[1].mask.astype(bool)
     gap = np.abs(np.asarray(exact) - np.asarray(logits))[real]
@@ -105,7 +106,7 @@ def test_bf16(load, padded, kind, scan_layers):
 @pytest.mark.parametrize("task", ["causal_lm", "sequence_classification", "encoder"])
 def test_bf16_of_the_other_tasks(reference, padded, task):
     model, params = reference("llama", task).load(dtype=jnp.bfloat16)
-    out = jaxpeft.apply(model, params, padded[2].ids, padded[2].mask)
+    out = forward(model, params, padded[2].ids, padded[2].mask)
     assert out.dtype == (jnp.bfloat16 if task == "encoder" else jnp.float32)
     assert bool(jnp.isfinite(out).all())
 
@@ -125,7 +126,7 @@ def test_documents_in_one_row_do_not_see_each_other(load, padded, kind, scan_lay
     others = (segments[0] != 2) & (True if mask is None else mask[0] != 0)
     np.testing.assert_array_equal(before[:, others], after[:, others])
     assert not np.array_equal(before[:, 6:13], after[:, 6:13])
-    alone = jaxpeft.apply(model, params, ids[:, 6:13])
+    alone = jax.jit(lambda ids: jaxpeft.apply(model, params, ids))(ids[:, 6:13])
     np.testing.assert_allclose(before[:, 6:13], alone, atol=1e-5)
 
 

@@ -137,6 +137,7 @@ def test_closing_early_ends_the_workers_at_once() -> None:
 
 @pytest.mark.parametrize("at", [0, 1], ids=["while the processes start", "later"])
 @pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.representatives("0-*", "1-while*")
 def test_waiting_may_raise_to_stop(workers: int, at: int) -> None:
     free = threading.Event()
 
