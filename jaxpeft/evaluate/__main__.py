@@ -24,8 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxpeft.choices import Dtype, Task
-from jaxpeft.command.parser import Arguments
+from jaxpeft.command.model_arguments import ModelArguments
 from jaxpeft.command.running import run_command
 from jaxpeft.config.literals import unescape
 from jaxpeft.core.options import option
@@ -33,14 +32,10 @@ from jaxpeft.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArguments(Arguments):
+class EvaluateArguments(ModelArguments):
     """The arguments of `evaluate`."""
 
     data: str | None = option(None, "rows to evaluate: a file, a folder of files, or a Hub id")
-    adapter: str | None = option(None, "folder of the adapter, or of the run that trained it")
-    model: str | None = option(
-        None, "folder or hub id of the base; by default the one recorded in the adapter"
-    )
     against: str | None = option(
         None, "what to compare with: 'base', or the folder of another adapter of the same task"
     )
@@ -78,9 +73,6 @@ class EvaluateArguments(Arguments):
     separator: str | None = option(None, "text between prompt and completion; by default the run's")
     max_length: int | None = option(None, "tokens per row; by default the run's", at_least=2)
     chat_template: str | None = option(None, "chat template; by default the run's")
-    task: Task | None = option(None, "task, if the adapter does not record it")
-    dtype: Dtype | None = option(None, "dtype of the weights; by default the base's")
-    allow_base: bool = option(False, "evaluate even if the base is not the adapter's")
 
 
 ARGUMENTS = EvaluateArguments
@@ -138,7 +130,7 @@ def _request(args: EvaluateArguments, data_options: dict[str, Any]) -> Any:
         general=None if args.general is None else General(args.general, args.general_prompts),
         thresholds=args.thresholds,
         plots=args.plot is not None,
-        load={"task": args.task, "dtype": args.dtype, "allow_base": args.allow_base},
+        load=args.load_options,
         data_options=data_options,
     )
 

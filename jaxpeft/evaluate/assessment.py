@@ -16,6 +16,7 @@ from jaxpeft.evaluate.evaluation_request import BASE, EvaluationRequest, shown_m
 from jaxpeft.evaluate.general_text import Forgetting, measure_forgetting
 from jaxpeft.evaluate.generated import require_answers, score_texts
 from jaxpeft.evaluate.prepared_rows import PreparedRows, prepare_rows
+from jaxpeft.evaluate.row_outputs import Runner
 from jaxpeft.evaluate.scored import Scored, constant_logits, score_logits, score_losses
 from jaxpeft.evaluation.by_class import choose_thresholds
 from jaxpeft.evaluation.calibration import sigmoid
@@ -23,7 +24,6 @@ from jaxpeft.evaluation.intervals import Contrast, Estimate, contrast, estimate
 from jaxpeft.hub.adapters.adapter_folder import read_adapter
 from jaxpeft.hub.base_head import read_head
 from jaxpeft.inference.adapted_model import AdaptedModel, adapter_folder, load_adapted
-from jaxpeft.evaluate.row_outputs import Runner
 from jaxpeft.logs import log_time
 
 _log = logging.getLogger(__name__)

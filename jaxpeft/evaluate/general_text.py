@@ -12,6 +12,7 @@ from jaxpeft.errors import ConfigError
 from jaxpeft.evaluate.evaluation_request import EvaluationRequest, General
 from jaxpeft.evaluate.generated import generate_texts
 from jaxpeft.evaluate.prepared_rows import PreparedRows, prepare_rows
+from jaxpeft.evaluate.row_outputs import Runner, by_row
 from jaxpeft.evaluate.scored import score_losses
 from jaxpeft.evaluation.intervals import (
     Bootstrap,
@@ -22,7 +23,6 @@ from jaxpeft.evaluation.intervals import (
     mean_of,
 )
 from jaxpeft.inference.adapted_model import AdaptedModel
-from jaxpeft.evaluate.row_outputs import Runner, by_row
 
 _PLAIN = {"separator": "", "columns": {}, "format": "auto"}
 """General text has columns and a format of its own."""

@@ -11,13 +11,13 @@ import numpy as np
 from jaxpeft.data.tokens.token_arrays import Encoded
 from jaxpeft.errors import DataError
 from jaxpeft.evaluate.prepared_rows import PreparedRows
+from jaxpeft.evaluate.row_outputs import by_row, loss_bytes, loss_tokens, token_positions
 from jaxpeft.evaluation.by_class import ClassScore, class_scores, confusion
 from jaxpeft.evaluation.calibration import Calibration, calibrate, sigmoid, softmax
 from jaxpeft.evaluation.intervals import Statistic
 from jaxpeft.evaluation.language import RowLosses, lm_statistic
 from jaxpeft.evaluation.metrics import classification_metrics
 from jaxpeft.evaluation.tag_counts import count_tags, tag_statistic
-from jaxpeft.evaluate.row_outputs import by_row, loss_bytes, loss_tokens, token_positions
 
 
 @dataclass(frozen=True)

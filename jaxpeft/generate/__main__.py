@@ -18,23 +18,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxpeft.choices import Dtype, QuantForm, Strategy, Task
-from jaxpeft.command.parser import Arguments
+from jaxpeft.command.model_arguments import ModelArguments
 from jaxpeft.command.running import run_command
 from jaxpeft.core.options import option
 from jaxpeft.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArguments(Arguments):
+class GenerateArguments(ModelArguments):
     """The arguments of `generate`."""
 
-    model: str | None = option(
-        None, "folder or hub id of the base; by default the one recorded in the adapter"
-    )
-    adapter: str | None = option(
-        None, "folder of the adapter, or of its run; by default the base alone"
-    )
     prompt: str | None = option(None, "text to continue")
     prompts: str | None = option(None, "file of rows to complete, such as IN.jsonl")
     input: str | None = option(None, "file of rows to classify, such as IN.csv")
@@ -72,15 +65,6 @@ class GenerateArguments(Arguments):
     chat_template: str | None = option(
         None, "name of a chat template, or path of a Jinja file; by default the tokenizer's"
     )
-    task: Task | None = option(None, "task, if the adapter does not record it")
-    dtype: Dtype | None = option(None, "dtype of the base; by default the checkpoint's")
-    quant: QuantForm | None = option(
-        None, "quantization of the base; by default that of the adapter's run"
-    )
-    strategy: Strategy | None = option(
-        None, "sharding strategy over all devices; by default one device"
-    )
-    allow_base: bool = option(False, "generate even if the base is not the adapter's")
 
 
 ARGUMENTS = GenerateArguments

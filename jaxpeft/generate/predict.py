@@ -22,9 +22,9 @@ from jaxpeft.data.tokens.row_encoder import RowEncoder
 from jaxpeft.data.tokens.token_arrays import Encoded
 from jaxpeft.errors import ConfigError
 from jaxpeft.evaluate.prepared_rows import data_options, labeling_of, problem_of
+from jaxpeft.evaluate.row_outputs import Runner
 from jaxpeft.generate.session import load_requested
 from jaxpeft.inference.adapted_model import AdaptedModel
-from jaxpeft.evaluate.row_outputs import Runner
 
 if TYPE_CHECKING:
     from jaxpeft.generate.__main__ import GenerateArguments

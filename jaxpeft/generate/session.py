@@ -15,7 +15,6 @@ from jaxpeft.inference.adapted_model import AdaptedModel, load_adapted
 from jaxpeft.inference.generation import Completion, complete, ends_of
 from jaxpeft.inference.prompts import Prompt, PromptEncoder, decode_completion
 from jaxpeft.inference.sampling import Sampling
-from jaxpeft.sharding.mesh_config import MeshConfig
 
 if TYPE_CHECKING:
     from jaxpeft.generate.__main__ import GenerateArguments
@@ -180,12 +179,4 @@ def open_session(args: GenerateArguments) -> Session:
 
 def load_requested(args: GenerateArguments) -> AdaptedModel:
     """Load the model of a command line."""
-    return load_adapted(
-        args.model,
-        args.adapter,
-        task=args.task,
-        dtype=args.dtype,
-        quant=args.quant,
-        sharding=None if args.strategy is None else MeshConfig(strategy=args.strategy),
-        allow_base=args.allow_base,
-    )
+    return load_adapted(args.model, args.adapter, **args.load_options)

@@ -7,8 +7,8 @@ import pytest
 
 from jaxpeft.evaluate import row_outputs
 from jaxpeft.evaluate.prepared_rows import prepare_rows
-from jaxpeft.inference.adapted_model import load_adapted
 from jaxpeft.evaluate.row_outputs import Runner, loss_tokens
+from jaxpeft.inference.adapted_model import load_adapted
 from tests.evaluate.conftest import write_answers
 from tests.train.runs import write_rows
 

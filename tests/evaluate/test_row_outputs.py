@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from jaxpeft.evaluate.prepared_rows import prepare_rows
-from jaxpeft.inference.adapted_model import load_adapted
 from jaxpeft.evaluate.row_outputs import Runner
+from jaxpeft.inference.adapted_model import load_adapted
 from jaxpeft.sharding.mesh_config import MeshConfig
 
 
