@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from jaxpeft.choices import Dtype, QuantForm, Strategy, Task
 from jaxpeft.command.parser import Arguments
 from jaxpeft.core.options import option
+from jaxpeft.data.rows.columns import FIELDS
+from jaxpeft.errors import ConfigError, DataError, nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +33,31 @@ class ModelArguments(Arguments):
         None, "sharding strategy over all devices; by default one device"
     )
     allow_base: bool = option(False, "accept a base that is not the adapter's")
+    columns: tuple[str, ...] = option(
+        (), "columns of the rows as FIELD=COLUMN, such as label=category; by default the run's"
+    )
+
+    def read_columns(self) -> dict[str, str]:
+        """Return the columns by field.
+
+        Raises:
+            ConfigError: One is not of the form FIELD=COLUMN, or the field is unknown.
+        """
+        pairs = [one.partition("=") for one in self.columns]
+        problems = [
+            f"--columns: {''.join(pair)!r} must be FIELD=COLUMN, such as label=category"
+            for pair in pairs
+            if not all(pair)
+        ]
+        problems += [
+            f"--columns: {field!r} is not a field{nearest(field, FIELDS)} (known:"
+            f" {', '.join(FIELDS)})"
+            for field, equals, column in pairs
+            if equals and column and field not in FIELDS
+        ]
+        if problems:
+            raise ConfigError(problems)
+        return {field: column for field, _, column in pairs}
 
     @property
     def load_options(self) -> dict[str, Any]:
@@ -42,3 +71,18 @@ class ModelArguments(Arguments):
             "sharding": None if self.strategy is None else MeshConfig(strategy=self.strategy),
             "allow_base": self.allow_base,
         }
+
+
+@contextmanager
+def data_flags() -> Generator[None]:
+    """Name the flags of a command in errors about rows, instead of the options of a config."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        raise type(error)([_in_flags(problem) for problem in error.problems]) from error
+
+
+def _in_flags(problem: str) -> str:
+    for name in ("columns", "format", "separator", "chat_template"):
+        problem = problem.replace(f"data.{name}", f"--{name.replace('_', '-')}")
+    return problem

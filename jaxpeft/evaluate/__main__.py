@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxpeft.command.model_arguments import ModelArguments
+from jaxpeft.command.model_arguments import ModelArguments, data_flags
 from jaxpeft.command.running import run_command
 from jaxpeft.config.literals import unescape
 from jaxpeft.core.options import option
@@ -66,9 +66,6 @@ class EvaluateArguments(ModelArguments):
     thresholds: str | None = option(
         None, "rows on which the thresholds of a multi-label classification are chosen"
     )
-    columns: tuple[str, ...] = option(
-        (), "columns of the rows as FIELD=COLUMN, such as label=category; by default the run's"
-    )
     format: str | None = option(None, "format of the rows, as data.format; by default the run's")
     separator: str | None = option(None, "text between prompt and completion; by default the run's")
     max_length: int | None = option(None, "tokens per row; by default the run's", at_least=2)
@@ -95,7 +92,8 @@ def _run(args: EvaluateArguments) -> int:
     from jaxpeft.evaluate.report import report
     from jaxpeft.evaluate.result_json import result_json
 
-    found = assess(_request(args, data_options))
+    with data_flags():
+        found = assess(_request(args, data_options))
     sys.stdout.write(report(found, args.show) + "\n")
     if args.json is not None:
         text = json.dumps(result_json(found), indent=1, ensure_ascii=False)
@@ -144,14 +142,9 @@ def _data_options(args: EvaluateArguments) -> dict[str, Any]:
     problems = [] if args.data else ["--data: is required; give a file of rows"]
     if args.adapter is None and args.model is None:
         problems.append("--adapter: is required without --model; see --help")
-    problems += [
-        f"--columns: {one!r} must be FIELD=COLUMN, such as label=category"
-        for one in args.columns
-        if not all(one.partition("="))
-    ]
     if problems:
         raise ConfigError(problems)
-    columns = dict(one.split("=", 1) for one in args.columns)
+    columns = args.read_columns()
     names = ("format", "max_length", "chat_template")
     found = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.separator is not None:

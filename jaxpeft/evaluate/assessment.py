@@ -23,7 +23,7 @@ from jaxpeft.evaluation.calibration import sigmoid
 from jaxpeft.evaluation.intervals import Contrast, Estimate, contrast, estimate
 from jaxpeft.hub.adapters.adapter_folder import read_adapter
 from jaxpeft.hub.base_head import read_head
-from jaxpeft.inference.adapted_model import AdaptedModel, adapter_folder, load_adapted
+from jaxpeft.inference.adapted_model import AdaptedModel, load_adapted
 from jaxpeft.logs import log_time
 
 _log = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ def _require_one_task(own: Path, other: Path) -> None:
     Raises:
         ConfigError: They differ in their task, their problem or their labels.
     """
-    first, second = (read_adapter(adapter_folder(path)).settings for path in (own, other))
+    first, second = (read_adapter(path).settings for path in (own, other))
     for name in ("task", "problem_type", "labels"):
         mine, theirs = getattr(first, name), getattr(second, name)
         if name == "labels":

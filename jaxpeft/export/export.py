@@ -47,7 +47,7 @@ def export(request: ExportRequest) -> Report:
     with _work_folder(request.out) as folder:
         base = outline.read()
         method, params = load_adapter(
-            request.adapter, outline.model, base, allow_base=request.allow_base
+            adapter.folder, outline.model, base, allow_base=request.allow_base
         )
         job = Job(request, adapter, outline, base, method, params)
         del base, params  # a target may free them

@@ -105,7 +105,7 @@ def verify(request: VerifyRequest, server: Server) -> Verdict:
             " language models have log-probabilities to compare"
         )
     model, base = outline.model, outline.read()
-    method, params = load_adapter(request.adapter, model, base, allow_base=request.allow_base)
+    method, params = load_adapter(adapter.folder, model, base, allow_base=request.allow_base)
     prompts = _prompts(
         AdaptedModel(model, base, params, adapter.settings, method, request.adapter), TEXTS
     )

@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxpeft.command.model_arguments import ModelArguments
+from jaxpeft.command.model_arguments import ModelArguments, data_flags
 from jaxpeft.command.running import run_command
 from jaxpeft.core.options import option
 from jaxpeft.errors import ConfigError
@@ -59,9 +59,6 @@ class GenerateArguments(ModelArguments):
     seed: int = option(0, "seed of the samples", at_least=0)
     batch_size: int = option(32, "number of texts that are generated together", at_least=1)
     system: str | None = option(None, "system text of chats without one")
-    prompt_column: str | None = option(
-        None, "column of the prompt in --prompts; by default found by its name"
-    )
     chat_template: str | None = option(
         None, "name of a chat template, or path of a Jinja file; by default the tokenizer's"
     )
@@ -79,21 +76,24 @@ def _run(args: GenerateArguments) -> int:
     problems = _problems(args)
     if problems:
         raise ConfigError(problems)
+    columns = args.read_columns()
     # imports JAX, so only for valid arguments
     from jaxpeft.generate import batch, chat, predict
     from jaxpeft.generate.session import open_session, sampling_of
 
     sampling_of(args)
     if args.prompts is not None and args.output is not None:
-        rows, prompts = batch.read_file(args, args.prompts)
-        batch.complete_file(open_session(args), rows, prompts, args.output)
-    elif args.input is not None:
-        predict.predict_file(args, args.input, args.output)
+        with data_flags():
+            rows, prompts = batch.read_file(args, args.prompts, columns)
+        return batch.complete_file(open_session(args), rows, prompts, args.output)
+    if args.input is not None:
+        with data_flags():
+            predict.predict_file(args, args.input, args.output, columns)
     elif args.chat:
         chat.talk(open_session(args))
     else:
         session = open_session(args)
-        session.stream(session.text_prompt(args.prompt or ""), _write)
+        session.answer(session.text_prompt(args.prompt or ""), _write)
         sys.stdout.write("\n")
     return 0
 
@@ -109,6 +109,10 @@ def _problems(args: GenerateArguments) -> list[str]:
     modes |= {"--input": args.input}
     given = [flag for flag, value in modes.items() if value is not None]
     found: list[str] = []
+    if args.columns and args.prompts is None and args.input is None:
+        found.append("--columns: has no effect without --prompts or --input; remove it")
+    if args.output is not None and Path(args.output).suffix.lower() in (".csv", ".tsv"):
+        found.append(f"--output {args.output}: JSON lines are written; name it .jsonl")
     if args.model is None and args.adapter is None:
         found.append("--adapter: is required, or --model for a base alone; see --help")
     if len(given) != 1:
@@ -120,8 +124,7 @@ def _problems(args: GenerateArguments) -> list[str]:
         found.append("--output: has no effect without --prompts or --input; remove it")
     if args.output is not None and Path(args.output).exists():
         found.append(f"--output {args.output}: exists already; choose another file, or remove it")
-    needs = {"--prompt-column": args.prompt_column}
-    needs |= {"--samples": None if args.samples == 1 else args.samples}
+    needs = {"--samples": None if args.samples == 1 else args.samples}
     needs |= {"--log-probs": args.log_probs or None}
     if args.prompts is None:
         found += [

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,17 +27,32 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def read_file(args: GenerateArguments, source: str) -> tuple[Rows, list[Prompt]]:
+def read_file(
+    args: GenerateArguments, source: str, columns: Mapping[str, str]
+) -> tuple[Rows, list[Prompt]]:
     """Return the rows of a file, and their prompts.
+
+    Args:
+        args: arguments of the command.
+        source: path of the rows.
+        columns: columns that the user named, by field.
 
     Raises:
         DataError: A row cannot be used.
     """
     rows = read_rows(source)
-    return rows, read_prompts(rows, Columns(prompt=args.prompt_column), args.system)
+    separator = _separator(args)
+    return rows, read_prompts(rows, Columns(**columns), args.system, separator)
 
 
-def complete_file(session: Session, rows: Rows, prompts: Sequence[Prompt], output: str) -> None:
+def _separator(args: GenerateArguments) -> str:
+    """Return the separator of the run that trained the adapter, before it is loaded."""
+    if args.adapter is None:
+        return ""
+    return read_adapter(Path(args.adapter)).settings.separator or ""
+
+
+def complete_file(session: Session, rows: Rows, prompts: Sequence[Prompt], output: str) -> int:
     """Complete the rows of a file, and write them, with the completions, to another.
 
     The rows are written in order to `OUTPUT.partial`, whose first line identifies the run, and
@@ -48,6 +64,9 @@ def complete_file(session: Session, rows: Rows, prompts: Sequence[Prompt], outpu
         prompts: the prompt of each.
         output: path of the JSONL file to write.
 
+    Returns:
+        The exit code.
+
     Raises:
         ConfigError: The output is incomplete and from another run.
         DataError: The template cannot render a row; nothing is written then.
@@ -58,17 +77,24 @@ def complete_file(session: Session, rows: Rows, prompts: Sequence[Prompt], outpu
     done = _begin(partial, _identity(session, rows.sha256))
     if done:
         _log.info("%s: continuing after %d of %d rows", partial, done, len(encoded))
-    with partial.open("a", encoding="utf-8") as file, row_progress("auto", "rows") as progress:
-        for start in range(done, len(encoded), args.batch_size):
-            stop = min(start + args.batch_size, len(encoded))
-            file.writelines(
-                _complete(session, rows.records[start:stop], encoded[start:stop], start)
-            )
-            file.flush()
-            if progress is not None:
-                progress(stop, len(encoded))
+    try:
+        with partial.open("a", encoding="utf-8") as file, row_progress("auto", "rows") as bar:
+            for start in range(done, len(encoded), args.batch_size):
+                stop = min(start + args.batch_size, len(encoded))
+                lines = _complete(session, rows.records[start:stop], encoded[start:stop], start)
+                file.writelines(lines)
+                file.flush()
+                done = stop
+                if bar is not None:
+                    bar(stop, len(encoded))
+                elif stop < len(encoded):
+                    _log.info("%d of %d rows", stop, len(encoded))
+    except KeyboardInterrupt:
+        _log.info("stopped after %d of %d rows; the same command continues", done, len(encoded))
+        return 128 + signal.SIGINT
     _finish(partial, out)
     _log.info("%s: %d rows", output, len(encoded))
+    return 0
 
 
 def _identity(session: Session, rows: str) -> str:

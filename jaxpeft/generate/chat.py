@@ -74,13 +74,16 @@ def talk(
     talked = Conversation(system=session.args.system)
     # an unusable template is an error before the first question
     session.encode(Dialog(talked.add("user", "?").messages))
+    shown = read is not input or sys.stdin.isatty()
     out.print("/help lists the commands, /quit ends", style="dim")
     while True:
         try:
-            line = read("> ").strip()
+            line = read("> " if shown else "").strip()
         except (EOFError, KeyboardInterrupt):
             out.print()
             return
+        if not shown:
+            out.print(Text(f"> {line}"))
         if line in ("/quit", "/exit"):
             return
         try:
@@ -98,8 +101,13 @@ def _respond(session: Session, talked: Conversation, line: str, out: Console) ->
     if not command.startswith("/"):
         return _answer(session, talked.add("user", line), out)
     if command == "/reset":
+        out.print("(the conversation is forgotten)", style="dim")
         return dataclasses.replace(talked, turns=())
     if command == "/system":
+        out.print(
+            "(a new conversation, with this system text)" if rest else "(no system text)",
+            style="dim",
+        )
         return dataclasses.replace(talked, turns=(), system=rest or None)
     if command == "/base":
         return _base(session, talked, rest, out)
@@ -117,12 +125,14 @@ def _answer(session: Session, asked: Conversation, out: Console) -> Conversation
     """Answer the last turn of a conversation."""
     prompt = Dialog(asked.messages)
     if asked.both:
-        base, tuned = _ask_base(session, prompt), _ask(session, prompt)
-        _show_both(base, tuned, out)
+        base, tuned = session.answer(prompt, params=session.loaded.base), session.answer(prompt)
+        _show_both(base.text, tuned.text, out)
     else:
-        tuned = session.stream(prompt, lambda text: out.print(Text(text), end=""))
+        tuned = session.answer(prompt, lambda text: out.print(Text(text), end=""))
         out.print()
-    return asked.add("assistant", tuned)
+    if tuned.cut:
+        out.print(f"(cut at {session.args.max_new_tokens} tokens: --max-new-tokens)", style="dim")
+    return asked.add("assistant", tuned.text)
 
 
 def _base(session: Session, talked: Conversation, rest: str, out: Console) -> Conversation:
@@ -139,20 +149,9 @@ def _base(session: Session, talked: Conversation, rest: str, out: Console) -> Co
     else:
         *before, answer = talked.turns
         asked = dataclasses.replace(talked, turns=tuple(before))
-        _show_both(_ask_base(session, Dialog(asked.messages)), str(answer["content"]), out)
+        base = session.answer(Dialog(asked.messages), params=session.loaded.base)
+        _show_both(base.text, str(answer["content"]), out)
     return talked
-
-
-def _ask(session: Session, prompt: Dialog) -> str:
-    ids = session.encode(prompt)
-    (completion,) = session.complete([ids])
-    return session.text(ids, completion)
-
-
-def _ask_base(session: Session, prompt: Dialog) -> str:
-    ids = session.encode(prompt)
-    (completion,) = session.complete([ids], params=session.loaded.base)
-    return session.text(ids, completion)
 
 
 def _show_both(base: str, tuned: str, out: Console) -> None:

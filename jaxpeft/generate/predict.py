@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,9 @@ _KINDS: dict[str, Kind] = {
 }
 
 
-def predict_file(args: GenerateArguments, source: str, output: str | None) -> None:
+def predict_file(
+    args: GenerateArguments, source: str, output: str | None, columns: Mapping[str, str]
+) -> None:
     """Predict the labels of the rows of a file, and write both.
 
     A row gets a `prediction`: a label, a list of labels (multi-label), a number (regression), or
@@ -46,13 +48,14 @@ def predict_file(args: GenerateArguments, source: str, output: str | None) -> No
         args: arguments of the command.
         source: path of the rows.
         output: path of the JSONL file to write; None for standard output.
+        columns: columns that the user named, by field.
 
     Raises:
         ConfigError: The model is not a classifier.
         DataError: A row cannot be used.
     """
     loaded = load_requested(args)
-    examples, encoded = _read(loaded, source)
+    examples, encoded = _read(loaded, source, columns)
     runner = Runner(loaded, args.batch_size, loaded.tokenizer.pad_token_id or 0)
     logits = runner.logits(loaded.params, encoded)
     by_row = _by_row(logits, examples, encoded)
@@ -80,14 +83,16 @@ def _by_row(
     ]
 
 
-def _read(loaded: AdaptedModel, source: str) -> tuple[Examples, Encoded]:
+def _read(
+    loaded: AdaptedModel, source: str, columns: Mapping[str, str]
+) -> tuple[Examples, Encoded]:
     """Read and tokenize rows as the run that trained the adapter did."""
     task: Any = loaded.model.options.task
     if task not in _KINDS:
         raise ConfigError(
             f"--input: needs a classifier, but the task is {task}; generate text with --prompts"
         )
-    options = data_options(loaded.settings, source, {})
+    options = data_options(loaded.settings, source, {"columns": dict(columns)} if columns else {})
     config = Config(
         model=ModelConfig(path=str(loaded.model.source.folder), task=task), data=options
     )
@@ -121,7 +126,7 @@ def _prediction(logits: np.ndarray[Any, Any], examples: Examples) -> dict[str, A
     """Return the prediction of a row and its probabilities, from its logits."""
     names = examples.label_names
     if examples.problem == "regression":
-        return {"prediction": float(logits[0])}
+        return {"prediction": _rounded(logits[:1])[0]}
     if examples.kind == "token_classification":
         each = [None if np.isnan(word).any() else _label(word, names) for word in logits]
         return {
@@ -130,7 +135,7 @@ def _prediction(logits: np.ndarray[Any, Any], examples: Examples) -> dict[str, A
         }
     if examples.problem == "multi_label":
         each = 1 / (1 + np.exp(-logits.astype(np.float64)))
-        probabilities = dict(zip(names, each.tolist(), strict=True))
+        probabilities = dict(zip(names, _rounded(each), strict=True))
         chosen = [name for name, share in probabilities.items() if share > 0.5]
         return {"prediction": chosen, "probabilities": probabilities}
     return _label(logits, names)
@@ -139,8 +144,13 @@ def _prediction(logits: np.ndarray[Any, Any], examples: Examples) -> dict[str, A
 def _label(logits: np.ndarray[Any, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """Return the most likely label of logits `[labels]`, and the softmax by label."""
     raised = np.exp(logits.astype(np.float64) - logits.max())
-    shares = (raised / raised.sum()).tolist()
+    shares = _rounded(raised / raised.sum())
     return {
         "prediction": names[int(logits.argmax())],
         "probabilities": dict(zip(names, shares, strict=True)),
     }
+
+
+def _rounded(values: np.ndarray[Any, Any]) -> list[float]:
+    """Return numbers with six digits after the point."""
+    return np.round(values.astype(np.float64), 6).tolist()

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """A generated text, and whether the maximum number of tokens cut it."""
+
+    text: str
+    cut: bool
+
+
+@dataclass(frozen=True)
 class Session:
     """A loaded model, and how text is generated with it.
 
@@ -99,8 +107,19 @@ class Session:
             stream=stream,
         )
 
-    def stream(self, prompt: Prompt, write: Callable[[str], object]) -> str:
-        """Complete a prompt, writing the text as it is generated; return the text."""
+    def answer(
+        self,
+        prompt: Prompt,
+        write: Callable[[str], object] | None = None,
+        params: Tree | None = None,
+    ) -> Answer:
+        """Complete one prompt.
+
+        Args:
+            prompt: the prompt.
+            write: called with each new part of the text, as it is generated.
+            params: parameters; None for those with the adapter.
+        """
         ids = self.encode(prompt)
         tokens: list[int] = []
         shown = ""
@@ -111,14 +130,15 @@ class Session:
             text = self._before_stop(
                 decode_completion(self.loaded.tokenizer, ids, tokens, partial=True), partial=True
             )
-            if len(text) > len(shown):
+            if write is not None and len(text) > len(shown):
                 write(text[len(shown) :])
                 shown = text
 
-        (completion,) = self.complete([ids], stream=show)
+        (completion,) = self.complete([ids], params=params, stream=None if write is None else show)
         text = self.text(ids, completion)
-        write(text[len(shown) :])
-        return text
+        if write is not None:
+            write(text[len(shown) :])
+        return Answer(text, completion.ending == "length")
 
     def text(self, prompt: Sequence[int], completion: Completion) -> str:
         """Return the text of a completion, up to the first stop text."""

@@ -16,13 +16,14 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.data.pipeline import load_tokenizer
 from jaxpeft.errors import ConfigError, WeightsError
-from jaxpeft.hub import fetching, loading
+from jaxpeft.hub import fetching, loading, sources
 from jaxpeft.hub.adapters.adapter_folder import AdapterFolder, base_of, read_adapter, request_of
 from jaxpeft.hub.adapters.folder_layout import CONFIG
 from jaxpeft.hub.adapters.load import load_adapter
 from jaxpeft.hub.adapters.settings import Settings
 from jaxpeft.hub.model_request import ModelRequest
 from jaxpeft.hub.sources import Source
+from jaxpeft.json_files import read_json
 from jaxpeft.models.base import Pretrained
 from jaxpeft.quant.quantize import Quant, read_quant
 from jaxpeft.sharding.layout import layout
@@ -91,7 +92,7 @@ def load_adapted(
         base: folder or hub id of the base, or `package:NAME`; None for the one that the adapter
             records.
         adapter: folder of the adapter, or of the run that trained it; None for the base alone.
-        task: the task; None for the adapter's, or `causal_lm`.
+        task: the task; None for that of the adapter or of the base's files, or `causal_lm`.
         dtype: dtype of the base's leaves; None keeps the checkpoint's.
         compute_dtype: dtype of the activations; None uses `dtype`, or the checkpoint's.
         pooling: the sequence classifier's input; None for the adapter's.
@@ -111,13 +112,13 @@ def load_adapted(
         "compute_dtype": compute_dtype,
         "quant": _quant(quant),
     }
-    folder = None if adapter is None else read_adapter(adapter_folder(Path(adapter)))
+    folder = None if adapter is None else read_adapter(Path(adapter))
     if folder is None:
         if base is None:
             raise ConfigError("--model: is required without --adapter; set its folder or hub id")
         name = base
         request = ModelRequest(
-            task or "causal_lm", pooling=pooling, vocab_size=vocab_size, **options
+            task or _task_of(base, revision), pooling=pooling, vocab_size=vocab_size, **options
         )
     else:
         name, recorded = base_of(folder, base)
@@ -133,10 +134,16 @@ def load_adapted(
     return AdaptedModel(model, params, adapted, folder.settings, method, folder.folder, mesh)
 
 
-def adapter_folder(folder: Path) -> Path:
-    """Return the folder of an adapter: the given one, or `adapter` in the folder of a run."""
-    inner = folder / "adapter"
-    return inner if inner.is_dir() and not (folder / CONFIG).is_file() else folder
+def _task_of(base: str, revision: str | None) -> Task:
+    """Return the task of a base's head according to its `config.json`; `causal_lm` if unknown."""
+    content = read_json(sources.resolve(base, revision).folder / "config.json")
+    names = content.get("architectures")
+    named = str(names[0]) if isinstance(names, list) and names else ""
+    ends: dict[str, Task] = {
+        "ForSequenceClassification": "sequence_classification",
+        "ForTokenClassification": "token_classification",
+    }
+    return next((task for end, task in ends.items() if named.endswith(end)), "causal_lm")
 
 
 def _quant(quant: Quant | str | None) -> Quant | None:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jaxpeft.data.chat.dialogs import Completion, Dialog, read_prompt
+from jaxpeft.data.chat.dialogs import Completion, Dialog, read_column, read_prompt
+from jaxpeft.data.chat.messages import read_text
 from jaxpeft.data.chat.templates import RenderError, template_source
 from jaxpeft.data.problems import Problems, RowError, excerpt
 from jaxpeft.data.rows.columns import Columns, find_prompt_columns
@@ -22,13 +23,17 @@ _REPLACEMENT = "\ufffd"
 """What a decoder writes for an incomplete character."""
 
 
-def read_prompts(rows: Rows, columns: Columns, system: str | None = None) -> list[Prompt]:
+def read_prompts(
+    rows: Rows, columns: Columns, system: str | None = None, separator: str = ""
+) -> list[Prompt]:
     """Return the prompt of each row; rows may differ in format.
 
     Args:
         rows: rows with messages, an instruction or a prompt.
         columns: columns that the user named.
         system: system text of chats without one.
+        separator: text between the prompt and the completion of a text; rows with texts can be
+            used if it is not empty.
 
     Raises:
         DataError: rows cannot be used; it lists the first twenty.
@@ -37,8 +42,12 @@ def read_prompts(rows: Rows, columns: Columns, system: str | None = None) -> lis
     for i, record in enumerate(rows.records):
         present = [name for name, value in record.items() if value is not None]
         try:
-            named = find_prompt_columns(present, columns, rows.where(i))
-            found.append(with_system(read_prompt(record, named), system))
+            named = find_prompt_columns(present, columns, rows.where(i), texts=bool(separator))
+            if named.text is None:
+                found.append(with_system(read_prompt(record, named), system))
+            else:
+                text = read_column(read_text, record, named.text)
+                found.append(Completion(text.partition(separator)[0], ""))
         except RowError as error:
             text = excerpt(str(record))
             problems.add(rows.where(i), error.fault, text, error.fix)

@@ -273,7 +273,7 @@ def _finish(setup: Setup, before: Mapping[str, float], result: RunResult, workdi
         ", ".join(written),
     )
     _log.info("next, use the adapter:\n%s", next_steps.prediction(setup, workdir / "adapter"))
-    _log.info("and see the run on one page:\n  %s", next_steps.report(workdir))
+    _log.info("or on the command line:\n%s", next_steps.commands(setup, workdir))
 
 
 def _summary(

@@ -33,9 +33,25 @@ def row(name: str, figure: str, share: float | None = None, seconds: float | Non
     return f"  {name:<18}{figure:>9}{cost}"
 
 
-def report(workdir: Path) -> str:
-    """Return the command that writes the page of a run."""
-    return shlex.join(["python", "-m", "jaxpeft.report", "--run", str(workdir)])
+def commands(setup: Setup, workdir: Path) -> str:
+    """Return the commands that use, evaluate and show a run.
+
+    Args:
+        setup: prepared run.
+        workdir: folder of the run.
+    """
+    decided, data = setup.provenance.decided, setup.config.data
+    prompt = ("--chat",) if decided.chats else ("--prompt", "TEXT")
+    use = prompt if setup.config.model.task == "causal_lm" else ("--input", "FILE")
+    rows = data.test or data.validation or "FILE"
+    found = [
+        ("generate", "--adapter", str(workdir), *use),
+        ("evaluate", "--adapter", str(workdir), "--data", str(rows), "--against", "base"),
+        ("report", "--run", str(workdir)),
+    ]
+    return "\n".join(
+        f"  {shlex.join(['python', '-m', f'jaxpeft.{verb}', *args])}" for verb, *args in found
+    )
 
 
 def prediction(setup: Setup, adapter: Path) -> str:

@@ -188,13 +188,16 @@ def _suggest_columns(texts: Sequence[str]) -> str:
     return str({first: prompt, last: answer})
 
 
-def find_prompt_columns(present: Sequence[str], requested: Columns, name: str) -> Columns:
+def find_prompt_columns(
+    present: Sequence[str], requested: Columns, name: str, *, texts: bool = False
+) -> Columns:
     """Return the columns from which a text is generated: messages, instruction or prompt.
 
     Args:
         present: the columns of a row.
         requested: the columns that the user named.
         name: the name of the row in messages.
+        texts: whether a column of texts may be used, which contain their completions.
 
     Raises:
         DataError: there is no such column.
@@ -207,14 +210,18 @@ def find_prompt_columns(present: Sequence[str], requested: Columns, name: str) -
         *(("messages", column) for column in MESSAGES),
         ("instruction", "instruction"),
         *(("prompt", column) for column, _ in COMPLETIONS),
+        *(("text", column) for column in DOCUMENTS if texts),
     )
     found = next(((field, column) for field, column in usual if column in present), None)
     if found is None:
         raise DataError(
-            f"{name}: has no prompt, messages or instruction; name the column with"
-            f" --prompt-column. Columns present: {', '.join(present)}"
+            f"{name}: has no prompt, messages or instruction; name its column in data.columns,"
+            f" such as prompt={present[0] if present else '...'}. Columns present:"
+            f" {', '.join(present)}"
         )
     field, column = found
+    if field == "text":
+        return Columns(text=column)
     kind = "prompt_completion" if field == "prompt" else field
     optional = {
         other: next((name for name in names if name in present), None)

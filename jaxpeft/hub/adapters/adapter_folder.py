@@ -80,13 +80,19 @@ class AdapterFolder:
 
 
 def read_adapter(folder: Path) -> AdapterFolder:
-    """Read the metadata of an adapter folder, without its tensors.
+    """Read the metadata of an adapter, without its tensors.
+
+    Args:
+        folder: its folder, or the folder of the run that trained it.
 
     Raises:
         AdapterError: It is not an adapter folder, or one of its files is missing or a pickle.
     """
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such adapter folder")
+    inner = folder / "adapter"
+    if inner.is_dir() and not (folder / CONFIG).is_file():
+        folder = inner
     try:
         parts = parts_of(folder)
         for part in parts:
