@@ -143,7 +143,8 @@ def _task_of(base: str, revision: str | None) -> Task:
         "ForSequenceClassification": "sequence_classification",
         "ForTokenClassification": "token_classification",
     }
-    return next((task for end, task in ends.items() if named.endswith(end)), "causal_lm")
+    found = [task for end, task in ends.items() if named.endswith(end)]
+    return found[0] if found else "causal_lm"
 
 
 def _quant(quant: Quant | str | None) -> Quant | None:

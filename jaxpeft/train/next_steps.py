@@ -33,6 +33,11 @@ def row(name: str, figure: str, share: float | None = None, seconds: float | Non
     return f"  {name:<18}{figure:>9}{cost}"
 
 
+def report(workdir: Path) -> str:
+    """Return the command that writes the page of a run."""
+    return _command("report", "--run", str(workdir))
+
+
 def commands(setup: Setup, workdir: Path) -> str:
     """Return the commands that use, evaluate and show a run.
 
@@ -44,11 +49,11 @@ def commands(setup: Setup, workdir: Path) -> str:
     prompt = ("--chat",) if decided.chats else ("--prompt", "TEXT")
     use = prompt if setup.config.model.task == "causal_lm" else ("--input", "FILE")
     rows = data.test or data.validation or "FILE"
-    found = [
-        ("generate", "--adapter", str(workdir), *use),
-        ("evaluate", "--adapter", str(workdir), "--data", str(rows), "--against", "base"),
-        ("report", "--run", str(workdir)),
-    ]
+    found = (
+        _command("generate", "--adapter", str(workdir), *use),
+        _command("evaluate", "--adapter", str(workdir), "--data", str(rows), "--against", "base"),
+        report(workdir),
+    )
     return "\n".join(
         f"  {shlex.join(['python', '-m', f'jaxpeft.{verb}', *args])}" for verb, *args in found
     )
