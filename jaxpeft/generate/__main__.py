@@ -122,7 +122,9 @@ def _problems(args: GenerateArguments) -> list[str]:
         found.append("--output: is required with --prompts; set the JSONL file to write")
     if args.prompts is None and args.input is None and args.output is not None:
         found.append("--output: has no effect without --prompts or --input; remove it")
-    if args.output is not None and Path(args.output).exists():
+    if args.output is not None and any(up.is_file() for up in Path(args.output).parents):
+        found.append(f"--output {args.output}: is inside a file; choose another folder")
+    elif args.output is not None and Path(args.output).exists():
         found.append(f"--output {args.output}: exists already; choose another file, or remove it")
     needs = {"--samples": None if args.samples == 1 else args.samples}
     needs |= {"--log-probs": args.log_probs or None}

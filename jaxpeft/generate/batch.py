@@ -15,10 +15,12 @@ from jaxpeft import atomic
 from jaxpeft.data.rows.columns import Columns
 from jaxpeft.data.rows.read import Rows, read_rows
 from jaxpeft.errors import ConfigError
+from jaxpeft.generate.output_rows import json_line
 from jaxpeft.generate.session import Session
 from jaxpeft.hub.adapters.adapter_folder import read_adapter
 from jaxpeft.inference.generation import Completion
 from jaxpeft.inference.prompts import Prompt, read_prompts
+from jaxpeft.processes.lock import lock_output
 from jaxpeft.train.progress import row_progress
 
 if TYPE_CHECKING:
@@ -71,10 +73,21 @@ def complete_file(session: Session, rows: Rows, prompts: Sequence[Prompt], outpu
         ConfigError: The output is incomplete and from another run.
         DataError: The template cannot render a row; nothing is written then.
     """
-    out, args = Path(output), session.args
+    out = Path(output)
     encoded = [session.encode(prompt, rows.where(i)) for i, prompt in enumerate(prompts)]
-    partial = out.with_name(f"{out.name}.partial")
-    done = _begin(partial, _identity(session, rows.sha256))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with lock_output(out):
+        if out.exists():
+            raise ConfigError(f"--output {output}: exists already; choose another file")
+        return _complete_rows(session, rows, encoded, out)
+
+
+def _complete_rows(
+    session: Session, rows: Rows, encoded: Sequence[Sequence[int]], out: Path
+) -> int:
+    """Complete the rows that an incomplete output does not have yet; return the exit code."""
+    args, partial = session.args, out.with_name(f"{out.name}.partial")
+    done = _begin(partial, _identity(session, rows.sha256, encoded))
     if done:
         _log.info("%s: continuing after %d of %d rows", partial, done, len(encoded))
     try:
@@ -93,12 +106,18 @@ def complete_file(session: Session, rows: Rows, prompts: Sequence[Prompt], outpu
         _log.info("stopped after %d of %d rows; the same command continues", done, len(encoded))
         return 128 + signal.SIGINT
     _finish(partial, out)
-    _log.info("%s: %d rows", output, len(encoded))
+    _log.info("%s: %d rows", out, len(encoded))
     return 0
 
 
-def _identity(session: Session, rows: str) -> str:
-    """Return the hash of everything that determines the output."""
+def _identity(session: Session, rows: str, encoded: Sequence[Sequence[int]]) -> str:
+    """Return the hash of everything that determines the output.
+
+    Args:
+        session: the model.
+        rows: hash of the rows.
+        encoded: token ids of the prompts, which depend on tokenizer and template.
+    """
     loaded, args = session.loaded, dataclasses.asdict(session.args)
     ignored = {"prompts", "output", "batch_size", "strategy", "traceback", "model", "adapter"}
     options = {name: value for name, value in args.items() if name not in ignored}
@@ -108,7 +127,9 @@ def _identity(session: Session, rows: str) -> str:
         for file in sorted(loaded.model.source.folder.glob("*.safetensors"))
         if (stat := file.stat())
     ]
-    parts = [options, rows, adapter, base]
+    architecture = (loaded.model.source.folder / "config.json").read_text()
+    prompts = [list(ids) for ids in encoded]
+    parts = [options, rows, adapter, base, architecture, prompts, sorted(session.ends)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -156,7 +177,7 @@ def _complete(
     for i, record in enumerate(records):
         own = completions[i * count : (i + 1) * count]
         fields = _fields([session.text(prompts[i], each) for each in own], own, session)
-        lines.append(json.dumps({**record, **fields}, ensure_ascii=False) + "\n")
+        lines.append(json_line(record, fields))
     return lines
 
 

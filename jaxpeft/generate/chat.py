@@ -78,7 +78,8 @@ def talk(
     out.print("/help lists the commands, /quit ends", style="dim")
     while True:
         try:
-            line = read("> " if shown else "").strip()
+            # without halves of surrogate pairs, which stand for undecodable bytes
+            line = read("> " if shown else "").encode(errors="replace").decode().strip()
         except (EOFError, KeyboardInterrupt):
             out.print()
             return
@@ -91,7 +92,7 @@ def talk(
         except KeyboardInterrupt:
             out.print("(stopped)", style="dim")
         except DataError as error:
-            out.print(str(error), style="red")
+            out.print(Text(str(error), style="red"))
 
 
 def _respond(session: Session, talked: Conversation, line: str, out: Console) -> Conversation:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from jaxpeft.data.tokens.token_arrays import Encoded
 from jaxpeft.errors import ConfigError
 from jaxpeft.evaluate.prepared_rows import data_options, labeling_of, problem_of
 from jaxpeft.evaluate.row_outputs import Runner
+from jaxpeft.generate.output_rows import json_line
 from jaxpeft.generate.session import load_requested
 from jaxpeft.inference.adapted_model import AdaptedModel
 
@@ -60,10 +60,10 @@ def predict_file(
     logits = runner.logits(loaded.params, encoded)
     by_row = _by_row(logits, examples, encoded)
     lines = [
-        json.dumps({**record, **_prediction(own, examples)}, ensure_ascii=False, default=str)
+        json_line(record, _prediction(own, examples))
         for record, own in zip(examples.rows.records, by_row, strict=True)
     ]
-    text = "".join(f"{line}\n" for line in lines)
+    text = "".join(lines)
     if output is None:
         sys.stdout.write(text)
         return

@@ -143,7 +143,7 @@ def _task_of(base: str, revision: str | None) -> Task:
         "ForSequenceClassification": "sequence_classification",
         "ForTokenClassification": "token_classification",
     }
-    found = [task for end, task in ends.items() if named.endswith(end)]
+    found: list[Task] = [task for end, task in ends.items() if named.endswith(end)]
     return found[0] if found else "causal_lm"
 
 

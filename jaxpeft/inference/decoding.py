@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxpeft.forward import run
-from jaxpeft.inference.sampling import Sampling
+from jaxpeft.inference.sampling import SamplingRule
 from jaxpeft.models.base import PAST, Pretrained
 from jaxpeft.models.kv_cache import Cache, allocate, append, read_sown
 from jaxpeft.sharding.logical_axes import constrain, on_mesh
@@ -43,6 +43,7 @@ NO_TOKEN = -1
         "keys",
         "adapter",
         "ends",
+        "numbers",
     ],
     meta_fields=[],
 )
@@ -62,6 +63,7 @@ class State:
         keys: `[batch]`, the random key of each row.
         adapter: adapter index in an adapter stack, a scalar or `[batch]`, or None.
         ends: `[n]` int32, the tokens that end a text.
+        numbers: numbers by which tokens are chosen, see `Sampling.numbers`.
     """
 
     cache: Cache
@@ -75,11 +77,12 @@ class State:
     keys: Array
     adapter: Array | None
     ends: Array
+    numbers: Mapping[str, Array]
 
 
 def _prefill(
     model: Pretrained,
-    sampling: Sampling,
+    rule: SamplingRule,
     most: int,
     params: Params,
     ids: Array,
@@ -87,29 +90,42 @@ def _prefill(
     keys: Array,
     ends: Array,
     adapter: Array | None,
+    numbers: Mapping[str, Array],
 ) -> State:
     """Run the prompts, and choose the first token of each text.
 
     Args:
         model: a decoder with a language-model head.
-        sampling: how tokens are chosen.
-        most: maximum number of new tokens.
+        rule: how tokens are chosen.
+        most: number of new tokens for which there is room.
         params: its parameters, with adapters.
         ids: `[batch, length]`, padded on the right.
         sizes: see `State`.
         keys: see `State`.
         ends: see `State`.
         adapter: see `State`.
+        numbers: see `State`.
     """
     (batch, length), rows = ids.shape, jnp.arange(ids.shape[0])
-    text = (jnp.arange(length, dtype=jnp.int32) < sizes[:, None]).astype(jnp.int32)
-    hidden, sown = run(model, params, ids, text, hidden=True, mutable=[PAST], adapter=adapter)
+    places = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), ids.shape)
+    text = (places < sizes[:, None]).astype(jnp.int32)
+    hidden, sown = run(
+        model,
+        params,
+        ids,
+        text,
+        # dynamic RoPE depends on the largest position, which is not that of padding
+        position_ids=jnp.minimum(places, sizes[:, None] - 1),
+        hidden=True,
+        mutable=[PAST],
+        adapter=adapter,
+    )
     own = read_sown(sown[PAST])
     cache = append(allocate(own, own.slots + most - 1), own, 0)
     last = jnp.take_along_axis(hidden, (sizes - 1)[:, None, None], axis=1)
     logits = _logits(model, params, last, adapter)
     seen = None
-    if sampling.penalizes:
+    if rule.penalizes:
         seen = jnp.zeros(logits.shape, bool).at[rows[:, None], ids].max(text > 0)
     state = State(
         cache=cache,
@@ -123,18 +139,19 @@ def _prefill(
         keys=keys,
         adapter=adapter,
         ends=ends,
+        numbers=numbers,
     )
-    return _extend(state, sampling, logits)
+    return _extend(state, rule, logits)
 
 
 def _decode(
-    model: Pretrained, sampling: Sampling, params: Params, state: State, until: Array
+    model: Pretrained, rule: SamplingRule, params: Params, state: State, until: Array
 ) -> State:
     """Add tokens until the texts have `until` new tokens, or all have ended.
 
     Args:
         model: see `_prefill`.
-        sampling: see `_prefill`.
+        rule: see `_prefill`.
         params: see `_prefill`.
         state: the batch, whose memory is reused.
         until: int32 scalar, at most the number of new tokens that the state has room for.
@@ -155,7 +172,7 @@ def _decode(
         slot = state.cache.slots - state.tokens.shape[1] + state.count
         cache = append(state.cache, read_sown(sown[PAST]), slot)
         logits = _logits(model, params, hidden, state.adapter)
-        return _extend(dataclasses.replace(state, cache=cache), sampling, logits)
+        return _extend(dataclasses.replace(state, cache=cache), rule, logits)
 
     def go_on(state: State) -> Array:
         return (state.count < until) & ~jnp.all(state.ended)
@@ -169,10 +186,10 @@ def _logits(model: Pretrained, params: Params, hidden: Array, adapter: Array | N
     return constrain(logits, None, None)
 
 
-def _extend(state: State, sampling: Sampling, logits: Array) -> State:
+def _extend(state: State, rule: SamplingRule, logits: Array) -> State:
     """Choose the next token of each text from its logits, and add it."""
     keys = jax.vmap(jax.random.fold_in, (0, None))(state.keys, state.count)
-    tokens, log_probs = sampling.choose(logits, state.seen, keys)
+    tokens, log_probs = rule.choose(logits, state.seen, keys, state.numbers)
     written = jnp.where(state.ended, NO_TOKEN, tokens)
     at = (jnp.zeros((), jnp.int32), state.count)
     seen = state.seen

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft.errors import ConfigError, DataError, show
 from jaxpeft.inference.decoding import NO_TOKEN, State, programs
-from jaxpeft.inference.sampling import Sampling
+from jaxpeft.inference.sampling import Sampling, number
 from jaxpeft.inputs import require_adapter, require_tree
 from jaxpeft.json_files import read_json
 from jaxpeft.models.base import Pretrained
@@ -137,14 +137,12 @@ def complete(
     Returns:
         The completion of each prompt.
     """
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens: must be at least 1, is {max_new_tokens}")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size: must be at least 1, is {batch_size}")
+    max_new_tokens = _integer("max_new_tokens", max_new_tokens, 1)
+    batch_size, seed = _integer("batch_size", batch_size, 1), _integer("seed", seed, 0, 2**63 - 1)
     check_model(model, params)
-    _check_prompts(model, prompts)
-    adapters = _adapters(params, adapter, len(prompts))
-    longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
+    checked = _check_prompts(model, prompts)
+    adapters = _adapters(params, adapter, len(checked))
+    longest = max((len(prompt) for prompt in checked), default=0) + max_new_tokens
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit and longest > limit:
         _log.warning(
@@ -161,18 +159,18 @@ def complete(
         mesh,
         sampling,
         max_new_tokens,
-        jnp.asarray([*ends_of(model, eos)] or [NO_TOKEN], jnp.int32),
+        jnp.asarray(sorted(ends_of(model, eos)) or [NO_TOKEN], jnp.int32),
         stops,
         stream,
     )
     # rows of similar lengths need little padding
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    order = sorted(range(len(checked)), key=lambda i: -len(checked[i]))
     found: dict[int, Completion] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = run.batch([prompts[i] for i in rows], rows, seed, first, adapters)
+        batch = run.batch([checked[i] for i in rows], rows, seed, first, adapters)
         found.update(zip(rows, batch, strict=True))
-    return [found[i] for i in range(len(prompts))]
+    return [found[i] for i in range(len(checked))]
 
 
 @dataclass(frozen=True)
@@ -191,7 +189,7 @@ class _Run:
 
     def batch(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[np.ndarray[Any, Any]],
         rows: Sequence[int],
         seed: int,
         first: int,
@@ -214,54 +212,78 @@ class _Run:
         model: Any = self.model.clone(options=self.options, source=None)
         put = self._put
         adapter = None if adapters is None else put(adapters.astype(np.int32))
+        rule, numbers = self.sampling.rule, jax.tree.map(put, self.sampling.numbers)
+        room = padded_size(self.most, _CHECKED_EVERY)
         state = prefill(
-            model, self.sampling, self.most, self.params, put(ids), put(sizes), put(keys),
-            put(self.ends), adapter
+            model, rule, room, self.params, put(ids), put(sizes), put(keys), put(self.ends),
+            adapter, numbers,
         )  # fmt: skip
         # rows that only fill the batch have ended
         filling = np.arange(count) >= len(prompts)
-        shown = np.zeros(len(prompts), int)
-        stopped = [False] * len(prompts)
+        texts = [_Text() for _ in prompts]
         step = _CHECKED_EVERY if self.stops else 1 if self.stream else self.most
         while True:
             tokens, ended = np.asarray(state.tokens), np.asarray(state.ended)
-            texts = [_text(row) for row in tokens[: len(prompts)]]
-            if self.stops is not None:
-                for i, text in enumerate(texts):
-                    stopped[i] = stopped[i] or (not ended[i] and self.stops(text))
-            if self.stream is not None:
-                for i, text in enumerate(texts):
-                    if not stopped[i] and len(text) > shown[i]:
-                        self.stream(rows[i] + first, text[shown[i] :])
-                        shown[i] = len(text)
             done = ended | filling
-            done[: len(prompts)] |= stopped
+            for i, text in enumerate(texts):
+                more = text.take(_valid(tokens[i]), self.stops)
+                if more and self.stream is not None:
+                    self.stream(rows[i] + first, more)
+                done[i] |= text.stopped
             if done.all() or int(state.count) >= self.most:
-                return self._completions(state, texts, stopped)
+                return self._completions(state, texts)
             state = dataclasses.replace(state, ended=put(done))
             until = min(int(state.count) + step, self.most)
-            state = decode(model, self.sampling, self.params, state, jnp.asarray(until, jnp.int32))
+            state = decode(model, rule, self.params, state, jnp.asarray(until, jnp.int32))
 
     def _put(self, array: Any) -> jax.Array:
         if self.mesh is None:
             return jnp.asarray(array)
         return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec()))
 
-    def _completions(
-        self, state: State, texts: Sequence[Sequence[int]], stopped: Sequence[bool]
-    ) -> list[Completion]:
+    def _completions(self, state: State, texts: Sequence[_Text]) -> list[Completion]:
         log_probs, ends = np.asarray(state.log_probs), set(np.asarray(self.ends).tolist())
-        return [
-            Completion(
-                tuple(text),
-                tuple(log_probs[i, : len(text)].tolist()),
-                "end" if text[-1] in ends else "stop" if stopped[i] else "length",
-            )
-            for i, text in enumerate(texts)
-        ]
+        found: list[Completion] = []
+        for i, text in enumerate(texts):
+            tokens, own = text.tokens, log_probs[i, : len(text.tokens)]
+            if not np.isfinite(own).all():
+                raise DataError("the logits are not finite: the parameters have diverged")
+            ending = "stop" if text.stopped else "end" if tokens[-1] in ends else "length"
+            found.append(Completion(tuple(tokens), tuple(own.tolist()), ending))
+        return found
 
 
-def _text(row: np.ndarray[Any, Any]) -> list[int]:
+class _Text:
+    """The tokens of a text so far, on the host."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.stopped = False
+
+    def take(
+        self, tokens: Sequence[int], stops: Callable[[Sequence[int]], bool] | None
+    ) -> Sequence[int]:
+        """Take the tokens up to the first with which the caller stops the text.
+
+        Args:
+            tokens: all tokens of the text.
+            stops: see `complete`.
+
+        Returns:
+            The tokens that are new.
+        """
+        before = len(self.tokens)
+        if self.stopped:
+            return ()
+        size = len(tokens)
+        if stops is not None and stops(tokens):
+            self.stopped = True
+            size = next(n for n in range(before, size + 1) if n and stops(tokens[:n]))
+        self.tokens = list(tokens[:size])
+        return self.tokens[before:]
+
+
+def _valid(row: np.ndarray[Any, Any]) -> list[int]:
     return row[row != NO_TOKEN].tolist()
 
 
@@ -283,9 +305,15 @@ def ends_of(model: Pretrained, eos: int | Iterable[int] | None) -> frozenset[int
     """
     if eos is None:
         return _recorded_ends(model)
-    tokens: list[Any] = [eos] if isinstance(eos, int) else [*eos]
-    if not all(np.issubdtype(np.asarray(token).dtype, np.integer) for token in tokens):
-        raise ConfigError(f"eos: must be token ids, are {show(tokens)}")
+    try:
+        listed: Any = [*eos] if isinstance(eos, Iterable) and not hasattr(eos, "dtype") else eos
+        tokens = np.atleast_1d(np.asarray(listed))
+    except (TypeError, ValueError):
+        tokens = np.zeros((1, 1))
+    if tokens.size == 0:
+        return frozenset()
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer) or tokens.max() >= 2**31:
+        raise ConfigError(f"eos: must be token ids, are {show(eos)}")
     return frozenset(int(token) for token in tokens)
 
 
@@ -319,21 +347,49 @@ def check_model(model: Any, params: Mapping[str, Any]) -> None:
     require_tree(model, params)
 
 
-def _check_prompts(model: Pretrained, prompts: Sequence[Sequence[int]]) -> None:
-    vocab = model.config.vocab_size
-    for i, prompt in enumerate(prompts):
-        if isinstance(prompt, str) or not len(prompt):
-            why = "is a text; tokenize it first" if isinstance(prompt, str) else "is empty"
-            raise DataError(f"prompts[{i}]: {why}; a prompt is a list of token ids")
+def _check_prompts(model: Pretrained, prompts: Any) -> list[np.ndarray[Any, Any]]:
+    """Return the prompts as arrays.
+
+    Raises:
+        DataError: They are not lists of token ids of the vocabulary; it names the first problem.
+    """
+    if not hasattr(prompts, "__len__") or isinstance(prompts, str | bytes):
+        raise DataError(f"prompts: must be a list of lists of token ids, are {show(prompts)}")
+    return [_ids(i, prompt, model.config.vocab_size) for i, prompt in enumerate(prompts)]
+
+
+def _ids(i: int, prompt: Any, vocab: int) -> np.ndarray[Any, Any]:
+    if isinstance(prompt, str):
+        raise DataError(
+            f"prompts[{i}]: is a text; tokenize it first; a prompt is a list of token ids"
+        )
+    try:
         ids = np.asarray(prompt)
-        if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise DataError(f"prompts[{i}]: must be a list of token ids, is {show(prompt)}")
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= vocab:
-            raise DataError(
-                f"prompts[{i}]: {low if low < 0 else high} is outside the vocabulary of {vocab};"
-                " check the tokenizer"
-            )
+    except ValueError:
+        ids = np.zeros((), object)
+    if ids.ndim == 1 and not ids.size:
+        raise DataError(f"prompts[{i}]: is empty; a prompt is a list of token ids")
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise DataError(f"prompts[{i}]: must be a list of token ids, is {show(prompt)}")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= vocab:
+        raise DataError(
+            f"prompts[{i}]: {low if low < 0 else high} is outside the vocabulary of {vocab};"
+            " check the tokenizer"
+        )
+    return ids.astype(np.int32)
+
+
+def _integer(name: str, value: Any, least: int, most: int = 2**31 - 1) -> int:
+    """Return an integer option.
+
+    Raises:
+        ConfigError: It is not an integer, or out of range.
+    """
+    found = number(value)
+    if found is None or not found.is_integer() or not least <= found <= most:
+        raise ConfigError(f"{name}: must be an integer of at least {least}, is {show(value)}")
+    return int(value)
 
 
 def _adapters(

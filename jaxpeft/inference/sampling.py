@@ -7,13 +7,15 @@ min-p.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxpeft.errors import ConfigError
+from jaxpeft.errors import ConfigError, show
 
 Array = jax.Array
 _LOWEST = float(jnp.finfo(jnp.float32).min)
@@ -35,7 +37,8 @@ class Sampling:
             none.
 
     Raises:
-        ConfigError: An option is out of range, or has no effect; it lists all of them.
+        ConfigError: An option is no number, is out of range, or has no effect; it lists all of
+            them.
     """
 
     temperature: float = 0.0
@@ -45,25 +48,18 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        filters = {"top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
-        idle = [name for name, value in filters.items() if value is not None]
-        problems = [
-            f"{name}: must be {must}, is {value!r}"
-            for name, value, good, must in (
-                ("temperature", self.temperature, self.temperature >= 0, "at least 0"),
-                ("top_k", self.top_k, self.top_k is None or self.top_k >= 1, "at least 1"),
-                ("top_p", self.top_p, _is_share(self.top_p), "above 0 and at most 1"),
-                ("min_p", self.min_p, _is_share(self.min_p), "above 0 and at most 1"),
-                (
-                    "repetition_penalty",
-                    self.repetition_penalty,
-                    self.repetition_penalty > 0,
-                    "above 0",
-                ),
-            )
-            if not good
-        ]
-        if self.temperature == 0 and idle:
+        problems: list[str] = []
+        for name, (optional, good, must) in _BOUNDS.items():
+            given = getattr(self, name)
+            if optional and given is None:
+                continue
+            value = number(given)
+            if value is None or not good(value):
+                problems.append(f"{name}: must be {must}, is {show(given)}")
+            else:
+                object.__setattr__(self, name, int(value) if name == "top_k" else value)
+        idle = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
+        if not problems and self.temperature == 0 and idle:
             problems.append(
                 f"{idle[0]}: has no effect at temperature 0, which chooses the most likely token;"
                 " set a temperature, such as 1"
@@ -72,61 +68,110 @@ class Sampling:
             raise ConfigError(problems)
 
     @property
-    def penalizes(self) -> bool:
-        """Whether the choice depends on the tokens so far."""
-        return self.repetition_penalty != 1.0
+    def rule(self) -> SamplingRule:
+        """What a compiled program depends on."""
+        return SamplingRule(
+            self.temperature == 0,
+            self.top_k,
+            self.top_p is not None and self.top_p < 1,
+            self.min_p is not None,
+            self.repetition_penalty != 1,
+        )
 
-    def choose(self, logits: Array, seen: Array | None, keys: Array) -> tuple[Array, Array]:
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """The arguments of a compiled program, float32 scalars by name."""
+        names = ("temperature", "top_p", "min_p", "repetition_penalty")
+        values = {name: getattr(self, name) for name in names}
+        return {name: np.float32(1 if value is None else value) for name, value in values.items()}
+
+
+def number(value: Any) -> float | None:
+    """Return a real number, such as a NumPy or JAX scalar, as a float; None if it is none."""
+    if isinstance(value, bool | str | bytes) or value is None:
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+_BOUNDS: Mapping[str, tuple[bool, Any, str]] = {
+    "temperature": (False, lambda value: 0 <= value < math.inf, "a number of at least 0"),
+    "top_k": (
+        True,
+        lambda value: value >= 1 and value.is_integer(),
+        "an integer of at least 1",
+    ),
+    "top_p": (True, lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "min_p": (True, lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "repetition_penalty": (False, lambda value: 0 < value < math.inf, "a number above 0"),
+}
+
+
+@dataclass(frozen=True)
+class SamplingRule:
+    """The operations by which tokens are chosen; their numbers are arguments.
+
+    Attributes:
+        greedy: whether the most likely token is chosen.
+        top_k: number of tokens to sample from, or None.
+        top_p: whether to filter by `top_p`.
+        min_p: whether to filter by `min_p`.
+        penalizes: whether there is a repetition penalty.
+    """
+
+    greedy: bool
+    top_k: int | None
+    top_p: bool
+    min_p: bool
+    penalizes: bool
+
+    def choose(
+        self, logits: Array, seen: Array | None, keys: Array, numbers: Mapping[str, Any]
+    ) -> tuple[Array, Array]:
         """Choose a token for each row.
 
         Args:
             logits: `[batch, vocab]` float32.
             seen: bool `[batch, vocab]`, the tokens so far; None if there is no penalty.
             keys: a random key for each row, `[batch]`.
+            numbers: see `Sampling.numbers`.
 
         Returns:
             The tokens, `[batch]` int32, and their log-probabilities under the unfiltered logits,
             `[batch]` float32.
         """
-        tokens = self._choose(logits, seen, keys).astype(jnp.int32)
+        tokens = self._choose(logits, seen, keys, numbers).astype(jnp.int32)
         picked = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
         return tokens, picked - jax.nn.logsumexp(logits, axis=-1)
 
-    def _choose(self, logits: Array, seen: Array | None, keys: Array) -> Array:
+    def _choose(
+        self, logits: Array, seen: Array | None, keys: Array, numbers: Mapping[str, Any]
+    ) -> Array:
+        z = logits
         if seen is not None:
-            penalty = self.repetition_penalty
-            penalized = jnp.where(logits > 0, logits / penalty, logits * penalty)
-            logits = jnp.where(seen, penalized, logits)
-        if self.temperature == 0:
-            return jnp.argmax(logits, axis=-1)
-        logits = logits / self.temperature
-        for keep in self._filters():
-            logits = jnp.where(keep(logits), logits, _LOWEST)
-        return jax.vmap(jax.random.categorical)(keys, logits)
-
-    def _filters(self) -> list[Callable[[Array], Array]]:
-        """Return the filters, each from logits to the tokens that it keeps."""
-        found: list[Callable[[Array], Array]] = []
+            penalty = numbers["repetition_penalty"]
+            z = jnp.where(seen, jnp.where(z > 0, z / penalty, z * penalty), z)
+        if self.greedy:
+            return jnp.argmax(z, axis=-1)
+        # relative to the largest, so that a small temperature cannot overflow
+        z = (z - jnp.max(z, axis=-1, keepdims=True)) / numbers["temperature"]
+        z = jnp.maximum(z, _LOWEST)
         if self.top_k is not None:
-            k = self.top_k
-            found.append(lambda z: z >= jax.lax.top_k(z, min(k, z.shape[-1]))[0][..., -1:])
-        if self.top_p is not None and self.top_p < 1:
-            p = self.top_p
-            found.append(lambda z: z >= _smallest_of(z, p))
-        if self.min_p is not None:
-            log_share = math.log(self.min_p)
-            found.append(lambda z: z >= jnp.max(z, axis=-1, keepdims=True) + log_share)
-        return found
+            least = jax.lax.top_k(z, min(self.top_k, z.shape[-1]))[0][..., -1:]
+            z = jnp.where(z >= least, z, _LOWEST)
+        if self.top_p:
+            z = jnp.where(z >= _smallest_of(z, numbers["top_p"]), z, _LOWEST)
+        if self.min_p:
+            z = jnp.where(z >= jnp.log(numbers["min_p"]), z, _LOWEST)
+        return jax.vmap(jax.random.categorical)(keys, z)
 
 
-def _smallest_of(logits: Array, p: float) -> Array:
+def _smallest_of(logits: Array, p: Array) -> Array:
     """Return the smallest logit of the most likely tokens with a probability of p, `[batch, 1]`."""
     ordered = jnp.sort(logits, axis=-1, descending=True)
     shares = jax.nn.softmax(ordered, axis=-1)
     before = jnp.cumsum(shares, axis=-1) - shares
     kept = jnp.where(before < p, ordered, jnp.inf)
     return jnp.min(kept, axis=-1, keepdims=True)
-
-
-def _is_share(value: float | None) -> bool:
-    return value is None or 0 < value <= 1

@@ -84,8 +84,11 @@ def _score(
     model: Pretrained, params: Mapping[str, Any], ids: Array, labels: Array
 ) -> tuple[Array, Array]:
     """Return the sum of log-probabilities and whether all are greedy, `[rows]`."""
-    # attention is causal, so padding on the right needs no mask
-    hidden = run(model, params, ids, hidden=True)
+    # attention is causal, so padding on the right needs no mask; dynamic RoPE depends on the
+    # largest position, which is not that of padding
+    places = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
+    last = jnp.max(jnp.where(labels == _NO_LABEL, 0, places), axis=1, keepdims=True)
+    hidden = run(model, params, ids, hidden=True, position_ids=jnp.minimum(places, last))
     (rows, length), vocab = ids.shape, model.config.vocab_size
     size = min(length, max(1, _MOST_LOGITS // (rows * vocab)))
     count = -(-length // size)

@@ -26,16 +26,33 @@ def lock_folder(folder: Path) -> Generator[None]:
     Raises:
         ConfigError: another run uses the folder; names its host and process.
     """
-    path = folder / FILE
+    with _lock(folder / FILE, f"--workdir {folder}: another run uses it", "give another folder"):
+        yield
+
+
+@contextmanager
+def lock_output(path: Path) -> Generator[None]:
+    """Lock an output file while it is written.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ConfigError: another process writes it; names its host and process.
+    """
+    lock = path.with_name(f".{path.name}{FILE}")
+    with _lock(lock, f"--output {path}: another process writes it", "choose another file"):
+        yield
+
+
+@contextmanager
+def _lock(path: Path, used: str, instead: str) -> Generator[None]:
     # no soft lock on filesystems without flock, since it would outlive a killed process
     lock = FileLock(path, blocking=False, fallback_to_soft=False, on_acquired=_write_owner)
     try:
         lock.acquire()
     except Timeout:
-        raise ConfigError(
-            f"--workdir {folder}: another run uses it ({_read_owner(path)}); wait for it, or give"
-            " another folder"
-        ) from None
+        raise ConfigError(f"{used} ({_read_owner(path)}); wait for it, or {instead}") from None
     try:
         yield
     finally:

@@ -54,9 +54,11 @@ def commands(setup: Setup, workdir: Path) -> str:
         _command("evaluate", "--adapter", str(workdir), "--data", str(rows), "--against", "base"),
         report(workdir),
     )
-    return "\n".join(
-        f"  {shlex.join(['python', '-m', f'jaxpeft.{verb}', *args])}" for verb, *args in found
-    )
+    return "\n".join(f"  {command}" for command in found)
+
+
+def _command(verb: str, *arguments: str) -> str:
+    return shlex.join(["python", "-m", f"jaxpeft.{verb}", *arguments])
 
 
 def prediction(setup: Setup, adapter: Path) -> str:

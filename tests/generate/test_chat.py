@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -13,6 +16,7 @@ from jaxpeft.errors import ConfigError
 from jaxpeft.generate.__main__ import GenerateArguments
 from jaxpeft.generate.chat import talk
 from jaxpeft.generate.session import Session, open_session
+from jaxpeft.inference.prompts import PromptEncoder
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,7 @@ def test_an_answer_depends_on_the_turns_before_it(session: Session) -> None:
     fresh = say(session, "word5", "/reset", "word6", "/history")
     assert fresh.count("user: ") == 1
     assert "user: word6" in fresh
-    answers = [say(session, *lines, "word6").splitlines()[-2] for lines in ((), ("word5",))]
+    answers = [say(session, *lines, "word6").splitlines()[-3] for lines in ((), ("word5",))]
     assert answers[0] != answers[1]
 
 
@@ -74,3 +78,21 @@ def test_without_an_adapter_the_model_is_the_base(llama: str) -> None:
     plain = open_session(GenerateArguments(model=llama, chat=True))
     with pytest.raises(ConfigError, match="--chat-template: the tokenizer has no template"):
         say(plain)
+
+
+def test_what_the_template_refuses_is_told_and_the_chat_goes_on(session: Session) -> None:
+    args = dataclasses.replace(session.args, chat_template=None)
+    strict = Session(session.loaded, args)
+    template = (
+        "{% if messages|length > 1 %}{{ raise_exception('bad [/INST] marker') }}{% endif %}word1"
+    )
+    object.__setattr__(strict, "encoder", PromptEncoder(_with_template(session, template)))
+    shown = say(strict, "word5", "word6", "\ud800 lone", "/history")
+    assert shown.count("bad [/INST] marker") == 2
+    assert "user: word5" in shown
+
+
+def _with_template(session: Session, template: str) -> Any:
+    tokenizer = copy.deepcopy(session.loaded.tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer

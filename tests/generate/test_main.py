@@ -15,6 +15,7 @@ from jaxpeft.generate import __main__ as command
 from jaxpeft.generate import session as session_module
 from jaxpeft.generate.session import Session
 from jaxpeft.inference.adapted_model import load_adapted
+from jaxpeft.processes.lock import lock_output
 
 MOST = "--max-new-tokens=6"
 
@@ -184,8 +185,7 @@ def test_an_interrupted_file_continues_and_another_run_does_not(
         return real(self, prompts, first, **options)
 
     monkeypatch.setattr(Session, "complete", complete)
-    with pytest.raises(KeyboardInterrupt):
-        command.main([*given, MOST])
+    assert command.main([*given, MOST]) == 130
     partial = out.with_name("out.jsonl.partial")
     assert not out.exists()
     assert len(rows_of(partial)) == 5  # the header and four rows
@@ -232,3 +232,85 @@ def test_a_classifier_generates_no_text(
         "was trained for sequence_classification, which generates no text"
         in capsys.readouterr().err
     )
+
+
+def test_two_processes_do_not_write_one_output(
+    adapter: Path, tmp_path: Path, write_jsonl: Callable[..., str], capsys: Any
+) -> None:
+    source, out = write_jsonl({"prompt": "word1"}), tmp_path / "out.jsonl"
+    argv = ["--adapter", str(adapter), "--prompts", source, "--output", str(out), MOST]
+    with lock_output(out):
+        assert command.main(argv) == 2
+    assert f"--output {out}: another process writes it (" in capsys.readouterr().err
+    assert command.main(argv) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+def test_fields_of_a_row_are_kept_and_halves_of_characters_escaped(
+    adapter: Path, tmp_path: Path, write_jsonl: Callable[..., str]
+) -> None:
+    row = {"prompt": "word1", "completion": "word2", "x": "\ud800é"}
+    source, out = write_jsonl(row), tmp_path / "out.jsonl"
+    argv = ["--adapter", str(adapter), "--prompts", source, "--output", str(out), MOST]
+    assert command.main(argv) == 0
+    (found,) = rows_of(out)
+    assert found.pop("completion") != "word2"
+    assert found == {"prompt": "word1", "reference_completion": "word2", "x": "\ud800é"}
+
+
+def test_another_template_is_another_run(
+    adapter: Path,
+    tmp_path: Path,
+    write_jsonl: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
+) -> None:
+    template, out = tmp_path / "t.jinja", tmp_path / "out.jsonl"
+    source = write_jsonl({"messages": [{"role": "user", "content": "word5"}]})
+    argv = ["--adapter", str(adapter), "--prompts", source, "--output", str(out), MOST]
+    argv += ["--chat-template", str(template)]
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "complete", interrupt)
+        template.write_text("{{ messages[0].content }}")
+        assert command.main(argv) == 130
+    template.write_text("{{ messages[0].content }} word9")
+    assert command.main(argv) == 2
+    assert "was begun with other rows, options or another model" in capsys.readouterr().err
+    template.write_text("{{ messages[0].content }}")
+    assert command.main(argv) == 0
+
+
+def interrupt(*_: Any, **options: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_an_interruption_is_told_in_one_line(
+    adapter: Path,
+    tmp_path: Path,
+    write_jsonl: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(Session, "complete", interrupt)
+    source, out = write_jsonl({"prompt": "word1"}), tmp_path / "out.jsonl"
+    argv = ["--adapter", str(adapter), "--prompts", source, "--output", str(out), MOST]
+    assert command.main(argv) == 130
+    assert "stopped after 0 of 1 rows; the same command continues" in caplog.text
+
+
+def test_texts_with_a_separator_are_cut_at_it(
+    adapter: Path, tmp_path: Path, write_jsonl: Callable[..., str]
+) -> None:
+    plain = write_jsonl({"prompt": "word1 word2"}, name="plain.jsonl")
+    texts = write_jsonl({"text": "word1 word2 word9 word3 word4"}, name="texts.jsonl")
+    found: list[Any] = []
+    for source in (plain, texts):
+        out = tmp_path / f"{Path(source).stem}.out.jsonl"
+        argv = ["--adapter", str(adapter), "--prompts", source, "--output", str(out), MOST]
+        assert command.main(argv) == 0
+        found.append(rows_of(out)[0]["completion"])
+    assert found[0] == found[1]
+    out = tmp_path / "named.jsonl"
+    argv = ["--adapter", str(adapter), "--prompts", texts, "--output", str(out), MOST]
+    assert command.main([*argv, "--columns", "prompt=text"]) == 0
+    assert command.main([*argv[:-1], MOST, "--columns", "nonsense=text"]) == 2

@@ -129,6 +129,38 @@ def test_on_a_mesh_the_tokens_are_the_same(
     assert jaxpeft.generate(model, params, PROMPTS, max_new_tokens=MOST, eos=()) == alone
 
 
+@pytest.mark.parametrize(("sizes", "positions"), [((18,), 20), ((17, 5), 16), ((33,), 16)])
+@pytest.mark.representatives("sizes1-16")
+def test_dynamic_rope_depends_on_the_tokens_and_not_on_their_padding(
+    reference: Callable[..., Reference], sizes: tuple[int, ...], positions: int
+) -> None:
+    dynamic = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    made = reference(
+        "llama", "causal_lm", rope_parameters=dynamic, max_position_embeddings=positions
+    )
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(4, VOCAB, size).tolist() for size in sizes]
+    model, params = made.load()
+    found = jaxpeft.generate(model, params, prompts, max_new_tokens=MOST, eos=())
+    assert found == theirs(made.model, prompts)
+
+
+def test_numbers_of_numpy_and_jax_are_taken() -> None:
+    model, params = load("llama")
+    wanted = jaxpeft.generate(model, params, PROMPTS, max_new_tokens=3, eos=5)
+    prompts = [np.asarray(PROMPTS[0]), jnp.asarray(PROMPTS[1]), tuple(PROMPTS[2])]
+    for eos in (np.int64(5), jnp.int32(5), np.array(5), {5}, [np.int32(5)]):
+        options = {"temperature": jnp.float32(0), "max_new_tokens": np.int32(3), "eos": eos}
+        assert jaxpeft.generate(model, params, prompts, **options) == wanted
+
+
+def test_parameters_that_have_diverged_are_told() -> None:
+    model, params = load("llama")
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, params)
+    with pytest.raises(DataError, match="the logits are not finite: the parameters have diverged"):
+        jaxpeft.generate(model, broken, PROMPTS, max_new_tokens=2)
+
+
 @pytest.mark.parametrize("form", ["nf4", "int8", "fp8"])
 @pytest.mark.representatives("nf4")
 def test_a_quantized_base_decodes_from_its_codes(form: Any) -> None:
@@ -219,8 +251,9 @@ def test_tokens_are_streamed_as_they_come_and_the_caller_can_stop_a_text() -> No
     )
     assert found[0].ending == "stop"
     assert list(found[0].tokens) == every[1][: len(found[0].tokens)]
-    assert target in found[0].tokens
-    assert len(found[0].tokens) < 40
+    assert found[0].tokens[-1] == target  # the token that stopped it
+    assert target not in found[0].tokens[:-1]
+    assert len(found[0].log_probs) == len(found[0].tokens)
 
 
 def test_a_few_padded_sizes_share_their_programs() -> None:
@@ -228,11 +261,11 @@ def test_a_few_padded_sizes_share_their_programs() -> None:
 
     model, params = load("llama")
     prefill, decode = programs(None)
-    for length in (3, 9, 16):
-        jaxpeft.generate(model, params, [[5] * length], max_new_tokens=7, eos=())
+    jaxpeft.generate(model, params, [[5]], max_new_tokens=7, eos=(), temperature=1.0, top_p=0.5)
     before = prefill._cache_size(), decode._cache_size()
     for length in range(1, 17):
-        jaxpeft.generate(model, params, [[5] * length], max_new_tokens=7, eos=(), seed=length)
+        options = {"max_new_tokens": length, "temperature": 0.1 * length, "top_p": 0.05 * length}
+        jaxpeft.generate(model, params, [[5] * length], eos=(), seed=length, **options)
     assert (prefill._cache_size(), decode._cache_size()) == before
 
 
@@ -252,9 +285,15 @@ def test_wrong_input_is_told() -> None:
     assert fails([1, VOCAB]).startswith(f"prompts[0]: {VOCAB} is outside the vocabulary of {VOCAB}")
     assert fails([1, -1]).startswith("prompts[0]: -1 is outside the vocabulary")
     assert fails([1.5]).startswith("prompts[0]: must be a list of token ids")
-    assert fails([1], max_new_tokens=0) == "max_new_tokens: must be at least 1, is 0"
-    assert fails([1], batch_size=0) == "batch_size: must be at least 1, is 0"
-    assert fails([1], eos=["a"]) == "eos: must be token ids, are ['a']"
+    assert fails(1, 2).startswith("prompts[0]: must be a list of token ids, is 1")
+    assert fails([1, [2]]).startswith("prompts[0]: must be a list of token ids")
+    assert fails([1], max_new_tokens=0) == "max_new_tokens: must be an integer of at least 1, is 0"
+    assert fails([1], max_new_tokens=True).startswith("max_new_tokens: must be an integer")
+    assert fails([1], batch_size=1.5) == "batch_size: must be an integer of at least 1, is 1.5"
+    assert fails([1], seed=2**64).startswith("seed: must be an integer of at least 0")
+    assert fails([1], top_k=2.5, temperature=1).startswith("top_k: must be an integer")
+    for eos in (["a"], 2.0, [[1]], 2**40):
+        assert fails([1], eos=eos).startswith("eos: must be token ids, are")
     classifier = load("bert")
     with pytest.raises(ConfigError, match="got a model with task 'sequence_classification'"):
         jaxpeft.generate(*classifier, [[1]], max_new_tokens=2)

@@ -89,8 +89,8 @@ def test_rows_that_cannot_be_used_are_told() -> None:
         return str(error.value)
 
     assert fails({"a": 1, "b": 2}) == (
-        "rows.jsonl (row 1): has no prompt, messages or instruction; name the column with"
-        " --prompt-column. Columns present: a, b"
+        "rows.jsonl (row 1): has no prompt, messages or instruction; name its column in"
+        " data.columns, such as prompt=a. Columns present: a, b"
     )
     assert "'mine'" in fails({"prompt": "x"}, columns=Columns(prompt="mine"))
     found = fails({"prompt": "a"}, {"prompt": 5}, {"messages": []}, {"messages": CHAT[1:2]})
