@@ -163,6 +163,11 @@ def public_name(name: str) -> str:
     return Path(name).expanduser().resolve().name if is_local(name) else name
 
 
+def folder_sha256(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each safetensors file of a folder, by its name."""
+    return {file.name: file_sha256(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
 def file_sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content in hexadecimal, or `absent`."""
     if not path.is_file():

@@ -7,6 +7,7 @@ has not finished gets a page, too. Exit codes: 0 done, 2 bad input, 1 any other 
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from jaxpeft.command.parser import Arguments
 from jaxpeft.command.running import run_command
 from jaxpeft.core.options import option
 from jaxpeft.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ def _run(args: ReportArguments) -> int:
     if args.run is None:
         raise ConfigError("--run: is required: the folder of a run; see --help")
     from jaxpeft.report import evaluation_file, run_folder, run_page
+    from jaxpeft.report.evaluation_section import section_of
 
     out = Path(args.out or Path(args.run) / "report.html")
     if not out.parent.is_dir():
@@ -48,8 +52,11 @@ def _run(args: ReportArguments) -> int:
     if out.is_dir():
         raise ConfigError(f"--out {out}: is a folder; give the name of a file")
     run = run_folder.read(Path(args.run))
-    evaluations = [evaluation_file.read(Path(file)) for file in args.evaluation]
-    atomic.write_text(out, run_page.html(run, evaluations))
+    sections = [section_of(run, evaluation_file.read(Path(file))) for file in args.evaluation]
+    for one in sections:
+        if one.other_run:
+            _log.warning("--evaluation %s: %s", one.found.file, one.other_run)
+    atomic.write_text(out, run_page.html(run, sections))
     sys.stdout.write(f"wrote {out}\n")
     return 0
 

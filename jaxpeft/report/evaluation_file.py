@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 from jaxpeft.errors import ConfigError, DataError, show
+from jaxpeft.evaluation.by_class import ClassScore
+from jaxpeft.evaluation.calibration import Calibration
 from jaxpeft.json_files import read_json
+from jaxpeft.names import short_path
 from jaxpeft.report.typed_json import instance_of
 
 VERSION = 1
@@ -28,9 +31,10 @@ class Estimate:
 
 @dataclass(frozen=True)
 class _Bootstrap:
-    """The confidence level of the intervals."""
+    """The confidence level of the intervals, and the number of resamples."""
 
     level: float
+    resamples: int
 
 
 @dataclass(frozen=True)
@@ -73,28 +77,95 @@ class ChangedRow:
 
 
 @dataclass(frozen=True)
+class Confusion:
+    """The confusion matrix: class names, and rows of each true class by predicted class."""
+
+    labels: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class ByClass:
+    """Results of a classifier by class; empty or None for other problems."""
+
+    classes: tuple[ClassScore, ...] = ()
+    confusion: Confusion | None = None
+    calibration: Calibration | None = None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapter that was evaluated: its folder, and the SHA-256 of its files of weights."""
+
+    path: str
+    sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class RowsOf:
+    """What was evaluated: a file, and the number of its rows."""
+
+    path: str
+    rows: str
+
+    @property
+    def text(self) -> str:
+        """The number of rows and the last two components of the path."""
+        return f"{self.rows} rows of {short_path(self.path)}"
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """The change on general text.
+
+    Attributes:
+        title: its file.
+        measures: metrics, of the model and of the base.
+        kl: divergence of the next token from the base's, in nats.
+        changed_answers: share of greedy answers that changed; None if none were generated.
+    """
+
+    title: RowsOf
+    measures: Sequence[Measure]
+    kl: Estimate | None
+    changed_answers: Estimate | None
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """An evaluation.
 
     Attributes:
-        title: what was evaluated.
+        file: its file.
+        title: the rows.
+        model: name of the model.
+        adapter: its adapter; None for a base alone, and in files of earlier versions.
+        problem: `single_label`, `multi_label`, `regression`, `token` or `lm`.
         against: the other model; empty without a comparison.
+        notes: what a reader must know.
         level: confidence level of the intervals.
+        resamples: number of resamples of an interval.
         measures: metrics.
         wins: wins by score.
         changed: some of the rows whose predictions differ.
-        other_rows: name of the rows on which forgetting was measured; empty if it was not.
-        forgotten: metrics on these rows, of the model and of the base.
+        by_class: results by class.
+        forgotten: the change on general text; None if it was not measured.
     """
 
-    title: str
+    file: Path
+    title: RowsOf
+    model: str
+    adapter: Adapter | None
+    problem: str
     against: str
+    notes: Sequence[str]
     level: float
+    resamples: int
     measures: Sequence[Measure]
     wins: Mapping[str, Wins]
     changed: Sequence[ChangedRow]
-    other_rows: str
-    forgotten: Sequence[Measure]
+    by_class: ByClass = field(default_factory=ByClass)
+    forgotten: Forgotten | None = None
 
 
 def read(file: Path) -> Evaluation:
@@ -117,21 +188,58 @@ def read(file: Path) -> Evaluation:
             " write the file again with `python -m jaxpeft.evaluate --json`"
         )
     data = _section(values, "data", file)
-    forgetting = _section(values, "forgetting", file) if values.get("forgetting") else {}
+    bootstrap = instance_of(_Bootstrap, _section(values, "bootstrap", file), file)
+    notes = values.get("notes")
     paired = _section(values, "paired", file) if values.get("paired") else {}
     wins = _section(paired, "wins", file) if paired else {}
     return Evaluation(
-        title=f"{data.get('rows')} rows of {data.get('path')}",
+        file=file,
+        title=_rows_of(data),
+        model=str(values.get("model") or ""),
+        adapter=(
+            instance_of(Adapter, _section(values, "adapter", file), file)
+            if values.get("adapter")
+            else None
+        ),
+        problem=str(data.get("problem") or ""),
         against=str(values.get("against") or ""),
-        level=instance_of(_Bootstrap, _section(values, "bootstrap", file), file).level,
+        notes=list(map(str, cast("list[Any]", notes))) if isinstance(notes, list) else [],
+        level=bootstrap.level,
+        resamples=bootstrap.resamples,
         measures=_measures(values, file),
         wins={name: instance_of(Wins, _section(wins, name, file), file) for name in wins},
         changed=_changed(values, file),
-        other_rows=f"{forgetting.get('rows')} rows of {forgetting.get('path')}"
-        if forgetting
-        else "",
-        forgotten=_measures(forgetting, file) if forgetting else [],
+        by_class=_by_class(values, file),
+        forgotten=(
+            _forgotten(_section(values, "forgetting", file), file)
+            if values.get("forgetting")
+            else None
+        ),
     )
+
+
+def _rows_of(data: Mapping[str, Any]) -> RowsOf:
+    return RowsOf(str(data.get("path")), f"{data.get('rows')}")
+
+
+def _by_class(values: Mapping[str, Any], file: Path) -> ByClass:
+    found = instance_of(ByClass, values, file)
+    matrix, bins = found.confusion, found.calibration
+    if matrix and {len(matrix.labels)} != {len(matrix.counts), *map(len, matrix.counts)}:
+        raise DataError(f"{file}: confusion: counts must have a row and a column for each label")
+    if bins:
+        sizes = {len(one) for one in (bins.counts, bins.confidence, bins.accuracy)}
+        if sizes != {len(bins.edges) - 1}:
+            raise DataError(f"{file}: calibration: counts must be one less than the edges")
+    return found
+
+
+def _forgotten(values: Mapping[str, Any], file: Path) -> Forgotten:
+    kl, changed = (
+        instance_of(Estimate, _section(values, name, file), file) if values.get(name) else None
+        for name in ("kl", "changed_answers")
+    )
+    return Forgotten(_rows_of(values), _measures(values, file), kl, changed)
 
 
 def _section(values: Mapping[str, Any], name: str, file: Path) -> dict[str, Any]:
@@ -162,11 +270,15 @@ def _changed(values: Mapping[str, Any], file: Path) -> list[ChangedRow]:
     for at in changed[:_MOST_ROWS] if isinstance(changed, list) else ():
         try:
             row: Any = cast("list[Any]", rows)[at]
-            other = row["against"]["prediction"]
-            texts = (row["input"], row.get("truth", ""), row["prediction"], other)
+            texts = (row["input"], row.get("truth", ""), _answer(row), _answer(row["against"]))
         except (LookupError, TypeError, AttributeError):
             raise DataError(
                 f"{file}: changed: {show(at)} is not the index of a row with both predictions"
             ) from None
         found.append(ChangedRow(*map(str, texts)))
     return found
+
+
+def _answer(result: Mapping[str, Any]) -> str:
+    """Return a prediction as text, with an ellipsis if it was cut at the maximum of tokens."""
+    return f"{result['prediction']}{'…' if result.get('cut') else ''}"

@@ -10,6 +10,7 @@ from jinja2 import PackageLoader, StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 import jaxpeft
+from jaxpeft.evaluation.wording import p_clause
 from jaxpeft.report.svg_charts import label
 
 
@@ -33,23 +34,36 @@ def render(template: str, **values: Any) -> str:
         "percent": percent,
         "duration": duration,
         "size": size,
+        "share": share,
+        "p": p_clause,
         "dedent": textwrap.dedent,
     }
     return environment.get_template(template).render(version=jaxpeft.__version__, **values)
 
 
-def number(value: float | None) -> str:
-    """Format a metric with four decimals, or fewer if it is large; a dash for None."""
+def number(value: float | None, signed: bool = False) -> str:
+    """Format a metric with four decimals, or fewer if it is large; a dash for None.
+
+    Args:
+        value: the metric.
+        signed: whether a positive value has a plus sign, as a difference has.
+    """
     if value is None:
         return "-"
     if not math.isfinite(value):
         return "not finite"
-    return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.1f}"
+    sign = "+" if signed else ""
+    return f"{value:{sign}.4f}" if abs(value) < 1000 else f"{value:{sign},.1f}"
 
 
 def percent(share: float) -> str:
     """Format a share: `2.876 %`."""
     return f"{share:.3%}".replace("%", "\u202f%")
+
+
+def share(part: float) -> str:
+    """Format a share of answers: `98 %`."""
+    return f"{part:.0%}".replace("%", "\u202f%")
 
 
 def duration(seconds: float) -> str:

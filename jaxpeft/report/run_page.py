@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,14 +11,13 @@ from jaxpeft.config.schema import as_dict
 from jaxpeft.core import paths
 from jaxpeft.core.options import changed_options
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER
-from jaxpeft.hub.sources import public_name
 from jaxpeft.names import short_path
-from jaxpeft.report import svg_charts
-from jaxpeft.report.evaluation_file import Evaluation, Measure
+from jaxpeft.report.base_title import base_title
+from jaxpeft.report.evaluation_section import EvaluationSection
 from jaxpeft.report.incidents import find_incidents
 from jaxpeft.report.page_templates import render
 from jaxpeft.report.run_folder import RunFolder, Start
-from jaxpeft.report.svg_charts import Axis, Chart, draw, points_of
+from jaxpeft.report.svg_charts import Chart, draw, points_of
 from jaxpeft.train import records
 
 _TASKS = {
@@ -29,12 +27,12 @@ _TASKS = {
 }
 
 
-def html(run: RunFolder, evaluations: Sequence[Evaluation] = ()) -> str:
+def html(run: RunFolder, evaluations: Sequence[EvaluationSection] = ()) -> str:
     """Return the page of a run.
 
     Args:
         run: the run, finished or not.
-        evaluations: evaluations of its adapter.
+        evaluations: evaluations to show.
     """
     config, start, result = run.config, run.start, run.result
     metric = result.metric if result else start.metric
@@ -47,14 +45,14 @@ def html(run: RunFolder, evaluations: Sequence[Evaluation] = ()) -> str:
         metric=metric,
         lower_is_better=metric in LOWER_IS_BETTER,
         method=config.method.name,
-        base=public_name(config.model.path),
+        base=base_title(config.model.path),
         task=_TASKS[config.model.task],
         rows=", ".join(map(short_path, config.data.sources)),
         progress=_progress(run),
         share=_share(run),
         metrics=_metric_rows(run),
         charts=_charts(run, metric),
-        evaluations=[(one, _drawn(one.measures), _drawn(one.forgotten)) for one in evaluations],
+        evaluations=evaluations,
         incidents=find_incidents(run, metric),
         forgetting=result.forgetting if result else None,
         subject=_subject(run),
@@ -133,34 +131,6 @@ def _charts(run: RunFolder, metric: str) -> list[Chart]:
 
 def _of(metric: str) -> str:
     return f"validation/{metric}"
-
-
-@dataclass(frozen=True)
-class DrawnMeasure:
-    """A metric of an evaluation with the axis of its intervals."""
-
-    measure: Measure
-    axis: Axis
-
-    @property
-    def marks(self) -> list[tuple[int, float, float | None, float | None]]:
-        """The color, value and interval of each model, that of the run first."""
-        both = [(0, self.measure.own), (1, self.measure.other)]
-        return [(color, one.value, one.low, one.high) for color, one in both if one is not None]
-
-
-def _drawn(measures: Sequence[Measure]) -> list[DrawnMeasure]:
-    rows: list[DrawnMeasure] = []
-    for measure in measures:
-        ends = [
-            end
-            for one in (measure.own, measure.other)
-            if one is not None
-            for end in (one.value, one.low, one.high)
-            if end is not None and math.isfinite(end)
-        ]
-        rows.append(DrawnMeasure(measure, svg_charts.interval_axis(ends or [0.0])))
-    return rows
 
 
 def _subject(run: RunFolder) -> list[tuple[str, str]]:

@@ -11,6 +11,8 @@ WIDTH, HEIGHT = 360, 210
 _LEFT, _RIGHT, _TOP, _BOTTOM = 50, 12, 10, 26
 _MOST_POINTS = 240
 """A longer curve is drawn as the means of as many groups of steps."""
+_LEAST_RANGE = 5e-3
+"""Least range of an axis in relation to its values, so that the labels of ticks differ."""
 Points = Sequence[tuple[float, float]]
 
 
@@ -112,7 +114,7 @@ def draw(
         )
 
     curves = [
-        _curve(name, [place(point) for point in points], name in marked)
+        _curve(name, [place(point) for point in points], name in marked or len(points) == 1)
         for name, points in series.items()
     ]
     return Chart(
@@ -153,8 +155,12 @@ def nice_ticks(values: Sequence[float], *, whole: bool = False) -> list[float]:
     """
     from matplotlib.ticker import MaxNLocator
 
-    locator = MaxNLocator(4, integer=whole)
-    return [float(at) for at in locator.tick_values(min(values), max(values))]
+    low, high = min(values), max(values)
+    size = max(abs(low), abs(high))
+    if high - low < _LEAST_RANGE * size or not size:
+        # a single value, or almost: its ticks would have one label
+        low, high = low - (size / 10 or 1), high + (size / 10 or 1)
+    return [float(at) for at in MaxNLocator(4, integer=whole).tick_values(low, high)]
 
 
 def interval_axis(values: Sequence[float]) -> Axis:

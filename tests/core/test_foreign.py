@@ -101,7 +101,7 @@ LINEN = {
 def test_every_linear_linen_module_computes_as_its_merged_kernel(name: str, method: Any) -> None:
     make, shape = LINEN[name]
     model, x = One(make), random(*shape)
-    base = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    base = model.init(jax.random.key(0), x)["params"]
     sites = jaxpeft.find_sites(model, base, x)
     fresh = jaxpeft.rewrite(method, base, jax.random.key(1), sites=sites)
     plain = model.apply({"params": base}, x)
@@ -206,7 +206,7 @@ class Stack(nn.Module):
 @pytest.mark.representatives("scan of remat-one layer", "vmap-all")
 def test_multi_head_attention_under_scan_remat_and_vmap(lifted: bool, method: Any) -> None:
     model, x = Stack(lifted), random(2, 5, 8)
-    base = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    base = model.init(jax.random.key(0), x)["params"]
     sites = jaxpeft.find_sites(model, base, x)
     kinds = {site.path[-1]: (site.kind, site.layers) for site in sites}
     assert kinds == dict.fromkeys(["query", "key", "value", "out", "up"], ("linear", (3,))) | {
@@ -241,7 +241,7 @@ def test_what_no_method_adapts_is_named() -> None:
             )
 
     model, x = Holder(), random(2, 9, 8)
-    base = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    base = model.init(jax.random.key(0), x)["params"]
     sites = jaxpeft.find_sites(model, base, x)
     for target, kind in (("own", "Own"), ("grouped", "Conv")):
         with pytest.raises(
@@ -266,7 +266,7 @@ def test_layers_that_are_stacked_along_another_axis_are_refused() -> None:
             return scan(name="stack")(x, None)[0]
 
     model, x = Behind(), random(2, 5, 8)
-    tree = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    tree = model.init(jax.random.key(0), x)["params"]
     with pytest.raises(ConfigError, match=r"must be stacked along the first axis"):
         jaxpeft.find_sites(model, tree, x)
 
@@ -411,7 +411,7 @@ class Cell(nn.Module):
 @pytest.mark.representatives("2-layers", "3-stack")
 def test_a_bank_of_scanned_layers_of_any_name(called: str, count: int) -> None:
     model, x, method = Scanned(called), random(3, 4), jaxpeft.LoRA(rank=2)
-    base = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    base = model.init(jax.random.key(0), x)["params"]
     sites = jaxpeft.find_sites(model, base, x)
     fresh = jaxpeft.rewrite(method, base, jax.random.key(0), sites=sites)
     trees = [
@@ -470,7 +470,7 @@ class ByNameNnx(nnx.Module):
 
 def test_inputs_may_be_given_by_name() -> None:
     model, method, x = ByName(), jaxpeft.LoRA(rank=2), random(2, 3, 4)
-    base = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    base = model.init(jax.random.key(0), x)["params"]
     sites = jaxpeft.find_sites(model, base, x)
     params = moved(method, jaxpeft.rewrite(method, base, jax.random.key(0), sites=sites))
     wanted = model.apply({"params": jaxpeft.merge(method, params, sites=sites)}, x)
@@ -509,7 +509,7 @@ class Beside(nn.Module):
 @pytest.mark.parametrize("targets", [("proj",), (r"a.proj", "proj"), r".*proj"])
 def test_a_module_that_no_method_knows_is_an_error_beside_one_that_is_adapted(targets: Any) -> None:
     model, x = Beside(), random(2, 3, 4)
-    base = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    base = model.init(jax.random.key(0), x)["params"]
     sites = jaxpeft.find_sites(model, base, x)
     with pytest.raises(
         TargetError, match=r"matches b\.proj, which is a ConvTranspose site; lora adapts"
@@ -525,7 +525,7 @@ def test_a_module_that_no_method_knows_is_told_where_all_are_meant(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, x = Beside(), random(2, 3, 4)
-    base = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    base = model.init(jax.random.key(0), x)["params"]
     jaxpeft.rewrite(
         jaxpeft.LoRA(), base, jax.random.key(0), sites=jaxpeft.find_sites(model, base, x)
     )

@@ -127,8 +127,11 @@ def with_gradient(compute: Any, q: Any, k: Any, v: Any, mask: Mask, text: Any) -
         out = compute(q, k, v, mask, lambda weights: weights)
         return jnp.where(text[..., None, None], out, 0), None
 
-    out, back, _ = jax.vjp(loss, q, k, v, has_aux=True)
-    return out, back(jnp.cos(out))
+    def both(q: Any, k: Any, v: Any) -> Any:
+        out, back, _ = jax.vjp(loss, q, k, v, has_aux=True)
+        return out, back(jnp.cos(out))
+
+    return jax.jit(both)(q, k, v)
 
 
 MASKS = ("causal", "window", "packed", "padded", "both ways")

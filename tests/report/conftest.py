@@ -28,9 +28,10 @@ START = {
 EVALUATION = {
     "version": 1,
     "model": "run/adapter",
-    "against": "base",
-    "data": {"path": "test.jsonl", "rows": 200},
-    "bootstrap": {"level": 0.9, "seed": 0},
+    "against": "base /data/models/stories260K/hf",
+    "notes": ["the base has no head"],
+    "data": {"path": "test.jsonl", "rows": 200, "problem": "single_label"},
+    "bootstrap": {"level": 0.9, "seed": 0, "resamples": 1000},
     "metrics": {
         "accuracy": {
             "value": 0.8,
@@ -38,11 +39,23 @@ EVALUATION = {
             "high": 0.9,
             "against": {"value": 0.2, "low": 0.1, "high": 0.3},
             "difference": {"value": 0.6, "low": 0.5, "high": 0.7},
-            "p": 0.002,
+            "p": 2 / 1001,
         },
         "loss": {"value": 2.5, "low": 2.0, "high": 3.0},
     },
     "paired": {"wins": {"accuracy": {"wins": 130, "losses": 10, "ties": 60, "p": 1e-9}}},
+    "classes": [
+        {"label": "red", "precision": 0.9, "recall": 0.8, "f1": 0.85, "support": 120},
+        {"label": "lost", "precision": 0.5, "recall": 0.25, "f1": 0.3333, "support": 80},
+    ],
+    "confusion": {"labels": ["red", "lost"], "counts": [[96, 24], [60, 20]]},
+    "calibration": {
+        "edges": [0.0, 0.5, 1.0],
+        "counts": [0, 200],
+        "confidence": [0.0, 0.9],
+        "accuracy": [0.0, 0.58],
+        "ece": 0.32,
+    },
     "changed": [1],
     "rows": [
         {"input": "a"},
@@ -57,6 +70,8 @@ EVALUATION = {
         "path": "stories.txt",
         "rows": 50,
         "metrics": {"loss": {"value": 1.75, "low": None, "high": None}},
+        "kl": {"value": 0.25, "low": 0.2, "high": 0.3},
+        "changed_answers": {"value": 0.98, "low": 0.94, "high": 1.0},
     },
 }
 """What `python -m jaxpeft.evaluate --json` writes, shortened."""

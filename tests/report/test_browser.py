@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from jaxpeft.report import evaluation_file, run_folder, run_page
+from jaxpeft.report.evaluation_section import section_of
 from tests.compare.pages import write_comparison
 from tests.report.conftest import EVALUATION, SAMPLE, START, WriteRun
 
@@ -94,9 +95,10 @@ def pages(write_run: WriteRun, tmp_path: Path) -> Mapping[str, str]:
     folder = write_run(samples=samples, run={**START, "labels": [*labels, LONG]})
     rows = tmp_path / "evaluation.json"
     rows.write_text(json.dumps({**EVALUATION, "data": {"path": LONG, "rows": 3}, "against": LONG}))
-    evaluation = evaluation_file.read(rows)
+    run = run_folder.read(folder)
+    evaluation = section_of(run, evaluation_file.read(rows))
     return {
-        "run": run_page.html(run_folder.read(folder), [evaluation]),
+        "run": run_page.html(run, [evaluation]),
         "comparison": write_comparison(tmp_path / "comparison").read_text(),
     }
 
@@ -113,7 +115,7 @@ def test_a_page_fits_the_screen(
     assert found["hero"] < 844  # the result is on the first screen of a phone
     assert all(chart <= width and font >= 10 for chart, font in found["charts"])
     if kind == "run":
-        assert len(found["charts"]) == 5
+        assert len(found["charts"]) == 7
     assert (found["elements"], found["requests"]) == (0, 0)
     assert found["title"] != "ran"
 

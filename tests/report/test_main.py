@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -24,25 +25,77 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 def test_an_evaluation_is_shown_with_its_intervals(write_run: WriteRun, tmp_path: Path) -> None:
     file = tmp_path / "evaluation.json"
-    file.write_text(json.dumps(EVALUATION))
+    run = write_run()
+    file.write_text(json.dumps({**EVALUATION, "model": f"{run}/adapter"}))
     out = tmp_path / "page.html"
-    words = ["--run", str(write_run()), "--evaluation", str(file), "--out", str(out)]
+    words = ["--run", str(run), "--evaluation", str(file), "--out", str(out)]
     assert main(words) == 0
-    found = Page(out.read_text())
+    html = out.read_text()
+    found = Page(html)
+    assert "Another adapter" not in found.text
+    assert 'title="base /data/models/stories260K/hf">base</th>' in html
     assert "Evaluation on 200 rows of test.jsonl" in found.headings
     for part in (
-        "base tuned value and 90% interval difference p",
-        "accuracy 0.2000 0.1000 to 0.3000 0.8000 0.7000 to 0.9000 0 1 0.6000 0.5000 to 0.7000 0.002",
-        "loss - 2.5000 2.0000 to 3.0000 2 3 - -",
-        "compared with base: better in 130, worse in 10, equal in 60 (sign test p = 1e-09)",
+        "Note: the base has no head.",
+        "base tuned difference p value and 90% interval",
+        "accuracy 0.2000 0.1000 to 0.3000 0.8000 0.7000 to 0.9000 better +0.6000",
+        "+0.6000 +0.5000 to +0.7000 < 0.002 0 1",
+        "loss lower is better - 2.5000 2.0000 to 3.0000 - - 2 3",
+        "compared with base: better in 130, worse in 10, equal in 60 (sign test p < 1e-06)",
+        "lost 0.5000 0.2500 0.3333 80 red 0.9000",
+        "red lost 24",
+        "probability 0.50 to 1.00: 200 predictions, 58.0% correct",
+        "24 rows of red, predicted as lost",
         "my card lost stolen lost",
         "Forgetting on 50 rows of stories.txt",
-        "loss - 1.7500",
+        "loss lower is better - 1.7500",
+        "diverges from the base's by 0.2500 nats per token (0.2000 to 0.3000)",
+        "98 % of the greedy answers changed (94 % to 100 %)",
     ):
         assert part in found.text, part
     lines = [(line["x1"], line["x2"]) for line in found.of("line") if "grid" not in line.values()]
     assert ("70.0", "90.0") in lines and ("10.0", "30.0") in lines and ("80.0", "80.0") in lines
     assert ("0.0", "100.0") in lines  # of the loss, on its own axis
+
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def test_an_evaluation_of_another_adapter_is_told(
+    write_run: WriteRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = write_run()
+    (run / "adapter").mkdir()
+    (run / "adapter" / ADAPTER).write_bytes(b"weights")
+    file, out = tmp_path / "evaluation.json", tmp_path / "page.html"
+
+    def text(sha256: str) -> str:
+        adapter = {"path": "/data/runs/rank8/adapter", "sha256": {ADAPTER: sha256}}
+        model = {"model": "/data/runs/rank8/adapter", "adapter": adapter}
+        file.write_text(json.dumps({**EVALUATION, **model}))
+        assert main(["--run", str(run), "--evaluation", str(file), "--out", str(out)]) == 0
+        return Page(out.read_text()).text
+
+    # the same weights in a folder that was moved
+    assert "Another adapter" not in text(hashlib.sha256(b"weights").hexdigest())
+    assert not caplog.records
+    said = f"the evaluation is of /data/runs/rank8/adapter, which is not the adapter of this run, {run}"
+    shown = text("0" * 64)
+    assert f"These numbers do not belong to this run: {said}/adapter." in shown
+    assert "base rank8/adapter difference p value and 90% interval" in shown
+    assert f"--evaluation {file}: {said}" in caplog.text
+
+
+@pytest.mark.parametrize("problem", ["lm", "regression"])
+def test_an_evaluation_of_another_task_is_refused(
+    write_run: WriteRun, tmp_path: Path, capsys: pytest.CaptureFixture[str], problem: str
+) -> None:
+    file = tmp_path / "evaluation.json"
+    data = {"path": "test.jsonl", "rows": 2, "problem": problem}
+    file.write_text(json.dumps({**EVALUATION, "data": data}))
+    shown = refused(capsys, "--run", str(write_run()), "--evaluation", str(file))
+    assert f"--evaluation {file}: is of " in shown
+    assert "is of sequence_classification (single_label); give an evaluation of this run's" in shown
 
 
 def without(name: str) -> dict[str, Any]:
@@ -62,6 +115,14 @@ METRIC = {"accuracy": {"value": "high"}}
         ({**EVALUATION, "changed": [0]}, "changed: 0 is not the index of a row with both"),
         ({**EVALUATION, "changed": ["x"]}, "changed: 'x' is not the index of a row with both"),
         ({**EVALUATION, "bootstrap": {"level": []}}, "level: must be a number, is []"),
+        (
+            {**EVALUATION, "confusion": {"labels": ["a"], "counts": [[1, 2]]}},
+            "confusion: counts must have a row and a column for each label",
+        ),
+        (
+            {**EVALUATION, "calibration": {**EVALUATION["calibration"], "edges": [0.0]}},
+            "calibration: counts must be one less than the edges",
+        ),
     ],
 )
 def test_an_evaluation_of_another_form_is_refused(

@@ -14,6 +14,7 @@ from jaxpeft.config import load
 from jaxpeft.config.schema import Config
 from jaxpeft.report import run_folder, run_page
 from jaxpeft.report.__main__ import main
+from jaxpeft.report.base_title import base_title
 from jaxpeft.train import job
 from tests.report.conftest import SAMPLE, START, WriteRun, step_lines
 from tests.report.pages import Page
@@ -224,3 +225,17 @@ def test_a_long_curve_is_thinned_and_a_constant_one_is_drawn(write_run: WriteRun
     assert 200 < path.count("L") < 260
     heights = {point.split()[1] for point in path[1:].split("L")}
     assert len(heights) == 1 and 10 < float(heights.pop()) < 190
+
+
+def test_a_curve_of_one_point_is_visible_and_its_ticks_differ(write_run: WriteRun) -> None:
+    html = run_page.html(run_folder.read(write_run(metrics=[{"step": 1, "loss": 4.386}])))
+    (figure,) = re.findall(r'<svg viewBox="0 0 360 .*?</svg>', html, re.DOTALL)
+    assert figure.count("<circle") == 1
+    labels = re.findall(r'text-anchor="end">([^<]*)<', figure)
+    assert len(labels) == len(set(labels)) >= 3
+
+
+def test_a_base_in_a_folder_of_a_generic_name_has_two_components() -> None:
+    assert base_title("/data/models/stories260K/hf") == "stories260K/hf"
+    assert base_title("/data/models/MiniLM-L6") == "MiniLM-L6"
+    assert base_title("org/model") == "org/model"

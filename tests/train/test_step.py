@@ -5,6 +5,7 @@ batch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -27,14 +28,20 @@ ROWS, LENGTH = 8, 12
 WIDE = {"hidden_size": 64, "intermediate_size": 160}
 
 
+@functools.cache
+def started(scan_layers: bool) -> Any:
+    """Return the params of the base."""
+    options = ModelOptions("causal_lm", None, jnp.float32, scan_layers=scan_layers)
+    model = models.build(tiny_config("llama", **WIDE), options)
+    return model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
+
+
 def setup(method: Any, dtype: Any = jnp.float32, **options: Any) -> tuple[Any, Any, Any]:
     """Return the model, the trainable and the frozen part, with a LoRA B that is not zero."""
     given = ModelOptions("causal_lm", None, dtype, **options)
     model = models.build(tiny_config("llama", **WIDE), given)
-    base = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    params = jaxpeft.rewrite(
-        method, jax.tree.map(lambda x: x.astype(dtype), base), jax.random.key(1)
-    )
+    base = jax.tree.map(lambda x: x.astype(dtype), started(options.get("scan_layers", False)))
+    params = jaxpeft.rewrite(method, base, jax.random.key(1))
     trainable, frozen = jaxpeft.partition(params, jaxpeft.trainable_mask(method, params))
     return model, jax.tree.map(lambda x: x + 0.01, trainable), frozen
 

@@ -36,7 +36,7 @@ def make(
 ) -> tuple[Any, Any]:
     task, labels = ("causal_lm", None) if kind == "llama" else ("sequence_classification", 3)
     unrolled = models.build(tiny_config(kind), ModelOptions(task, labels, dtype, **options))
-    params = jax.jit(unrolled.init)(jax.random.key(3), IDS)["params"]
+    params = unrolled.init(jax.random.key(3), IDS)["params"]
     params = jax.tree.map(lambda x: x.astype(dtype), params)
     if not scan:
         return unrolled, params
