@@ -9,6 +9,7 @@ from jaxpeft.evaluate.assessment import Assessment
 from jaxpeft.evaluate.general_text import Forgetting
 from jaxpeft.evaluate.result_json import changed, shown_input, tests_of_correctness, wins, worst
 from jaxpeft.evaluate.scored import Scored
+from jaxpeft.evaluation.by_class import lowest_first
 from jaxpeft.evaluation.intervals import Contrast, Estimate
 from jaxpeft.evaluation.wording import (
     is_lower_better,
@@ -129,7 +130,7 @@ def _classes(found: Assessment) -> Iterator[str]:
     classes = found.own.classes
     if not classes:
         return
-    shown = sorted(classes, key=lambda one: one.f1)[:_MOST_CLASSES]
+    shown = lowest_first(classes)[:_MOST_CLASSES]
     yield ""
     if len(shown) < len(classes):
         yield f"the {len(shown)} of {len(classes)} classes with the lowest F1 (--json has all):"
