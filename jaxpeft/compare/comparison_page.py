@@ -11,7 +11,7 @@ from typing import Any
 from jaxpeft.compare.spread import LEVEL, spread_of
 from jaxpeft.config.schema import Config
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER
-from jaxpeft.hub.sources import public_name
+from jaxpeft.report.base_title import base_title
 from jaxpeft.report.page_templates import render
 from jaxpeft.report.svg_charts import Axis, nice_ticks
 from jaxpeft.train import next_steps, records
@@ -39,7 +39,7 @@ def html(
     return render(
         "comparison.html",
         found=found,
-        base=public_name(config.model.path),
+        base=base_title(config.model.path),
         lower_is_better=found["metric"] in LOWER_IS_BETTER,
         best=best,
         before=spread_of(found["before"]).mean if found["before"] else None,

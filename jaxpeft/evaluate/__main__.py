@@ -41,9 +41,15 @@ class EvaluateArguments(ModelArguments):
     )
     json: str | None = option(None, "JSON file to write, with all metrics and rows")
     plot: str | None = option(None, "folder for reliability.png and confusion.png")
-    metrics: tuple[str, ...] = option((), "metrics to report; by default those of the task")
-    limit: int | None = option(None, "maximum number of rows, sampled by the seed", at_least=1)
-    show: int = option(5, "number of changed and of worst rows to print", at_least=0)
+    metrics: tuple[str, ...] = option(
+        (), "metrics to report, such as loss,exact_match; by default those of the task"
+    )
+    limit: int | None = option(
+        None,
+        "maximum number of rows of --data, and of --general; they are sampled by the seed",
+        at_least=1,
+    )
+    show: int = option(3, "number of changed and of worst rows to print", at_least=0)
     seed: int = option(0, "seed of samples and resamples", at_least=0)
     batch_size: int = option(32, "rows per batch", at_least=1, at_most=2**20)
     resamples: int = option(1000, "resamples of an interval", at_least=1, at_most=10**6)

@@ -15,19 +15,19 @@ from jaxpeft.errors import ConfigError, DataError, show
 from jaxpeft.evaluate.evaluation_request import BASE, EvaluationRequest, shown_metrics
 from jaxpeft.evaluate.general_text import Forgetting, measure_forgetting
 from jaxpeft.evaluate.generated import require_answers, score_texts
-from jaxpeft.evaluate.prepared_rows import PreparedRows, prepare_rows
+from jaxpeft.evaluate.prepared_rows import PROBLEMS, PreparedRows, prepare_rows
 from jaxpeft.evaluate.row_outputs import Runner
 from jaxpeft.evaluate.scored import Scored, constant_logits, score_logits, score_losses
 from jaxpeft.evaluation.by_class import choose_thresholds
 from jaxpeft.evaluation.calibration import sigmoid
 from jaxpeft.evaluation.intervals import Contrast, Estimate, contrast, estimate
-from jaxpeft.hub.adapters.adapter_folder import read_adapter
+from jaxpeft.evaluation.wording import CONSTANT
+from jaxpeft.hub.adapters.adapter_folder import read_adapter, request_of
 from jaxpeft.hub.base_head import read_head
 from jaxpeft.inference.adapted_model import AdaptedModel, load_adapted
 from jaxpeft.logs import log_time
 
 _log = logging.getLogger(__name__)
-_CONSTANT = "the best constant answer"
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ class Assessment:
     forgetting: Forgetting | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def against_constant(self) -> bool:
+        """Whether the model is compared with a constant answer."""
+        return self.other_title == CONSTANT
+
 
 def assess(request: EvaluationRequest) -> Assessment:
     """Evaluate a model.
@@ -70,6 +75,7 @@ def assess(request: EvaluationRequest) -> Assessment:
     """
     if request.against not in (None, BASE) and request.adapter is not None:
         _require_one_task(request.adapter, Path(str(request.against)))
+    _require_metrics(request)
     loaded = _load(request, request.adapter)
     rows = _rows(request, loaded)
     names = shown_metrics(request, rows.problem, rows.labels)
@@ -95,11 +101,40 @@ def assess(request: EvaluationRequest) -> Assessment:
         rows,
         own,
         other,
-        {name: found[name] for name in names if name in found},
+        {name: _alone(name, found[name], other_title) for name in names if name in found},
         thresholds,
         forgetting,
         notes,
     )
+
+
+def _alone(name: str, one: Estimate | Contrast, other_title: str) -> Estimate | Contrast:
+    """Return a metric; without the other model's if the comparison says nothing: the frequencies
+    of the evaluated rows themselves are calibrated.
+    """
+    constant = name == "ece" and other_title == CONSTANT
+    return one.own if constant and isinstance(one, Contrast) else one
+
+
+def _require_metrics(request: EvaluationRequest) -> None:
+    """Refuse what does not exist for the adapter's task, before its base is read.
+
+    Raises:
+        ConfigError: A metric, or another part of the request, does not exist for the task.
+    """
+    if request.adapter is None:
+        task, labels, problem = request.load.get("task") or "causal_lm", (), None
+    else:
+        folder = read_adapter(adapter_folder(request.adapter))
+        task = request_of(folder, task=request.load.get("task")).task
+        labels = folder.settings.labels
+        problem = PROBLEMS.get(str(folder.settings.problem_type))
+    if task == "causal_lm":
+        shown_metrics(request, "lm", ())
+    elif labels and task == "token_classification":
+        shown_metrics(request, "token", labels)
+    elif problem is not None and (labels or problem == "regression"):
+        shown_metrics(request, problem, labels)
 
 
 def _load(request: EvaluationRequest, adapter: Path | None) -> AdaptedModel:
@@ -157,7 +192,7 @@ def _other(
             " would be random; the adapter is compared with the best constant answer instead, the"
             " class frequencies, or the mean, of these rows"
         )
-        return _CONSTANT, score_logits(constant_logits(rows), rows), (note,)
+        return CONSTANT, score_logits(constant_logits(rows), rows), (note,)
     return f"base {loaded.model.source.name}", _score(request, loaded, loaded.base, rows), ()
 
 

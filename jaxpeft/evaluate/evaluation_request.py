@@ -14,6 +14,13 @@ from jaxpeft.evaluation.metrics import figures_of
 from jaxpeft.evaluation.text_scores import TextMetric
 
 BASE = "base"
+_PLURALS = {
+    "lm": "language models",
+    "regression": "regression",
+    "single_label": "classification",
+    "multi_label": "multi-label classification",
+    "token": "token classification",
+}
 TEXT_METRICS = (*get_args(TextMetric), CODE)
 
 
@@ -102,24 +109,25 @@ def shown_metrics(request: EvaluationRequest, problem: str, labels: Sequence[str
         labels: label names.
 
     Raises:
-        ConfigError: A metric does not exist for the problem.
+        ConfigError: A metric, or another part of the request, does not exist for the problem.
     """
     usual = ["loss", *figures_of(problem, labels)]
     extra = {"lm": ["bits_per_byte"], "regression": [], "token": []}.get(problem, ["ece"])
     own = [name for name in (*usual, *extra) if problem != "regression" or name != "loss"]
     known = (*own, *TEXT_METRICS) if problem == "lm" else tuple(own)
     unknown = [
-        f"--metrics: {name!r} is not a metric of this data{nearest(name, known)} (known:"
+        f"--metrics: {name!r} is not a metric of {_PLURALS[problem]}{nearest(name, known)} (known:"
         f" {', '.join(known)})"
         for name in request.metrics
         if name not in known
     ]
     if unknown:
         raise ConfigError(unknown)
-    if request.generating.code and problem != "lm":
-        raise ConfigError("--run-code: is for language models; omit it")
+    for name, given in (("run-code", request.generating.code), ("general", request.general)):
+        if given and problem != "lm":
+            raise ConfigError(f"--{name}: is for language models, not {_PLURALS[problem]}; omit it")
     if request.plots and problem in ("lm", "regression"):
-        raise ConfigError(f"--plot: there is nothing to plot for problem {problem}; omit it")
+        raise ConfigError(f"--plot: there is nothing to plot for {_PLURALS[problem]}; omit it")
     if not request.metrics:
         return [*own, *request.text_metrics]
     return list(dict.fromkeys([*request.metrics, *request.text_metrics]))

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from jaxpeft.data.examples.make import CHATS
-from jaxpeft.errors import ConfigError
 from jaxpeft.evaluate.evaluation_request import EvaluationRequest, General
-from jaxpeft.evaluate.generated import generate_texts
+from jaxpeft.evaluate.generated import generate_answers
 from jaxpeft.evaluate.prepared_rows import PreparedRows, prepare_rows
 from jaxpeft.evaluate.row_outputs import Runner, by_row
 from jaxpeft.evaluate.scored import score_losses
@@ -62,14 +61,8 @@ def measure_forgetting(
         general: the text.
 
     Raises:
-        ConfigError: The model is not a language model.
         DataError: The text cannot be read.
     """
-    if loaded.model.options.task != "causal_lm":
-        raise ConfigError(
-            f"--general: is for language models, but the task is {loaded.model.options.task!r};"
-            " omit it"
-        )
     rows = prepare_rows(
         general.path,
         loaded,
@@ -111,11 +104,14 @@ def _answers(
     if not prompts:
         return ()
     own, base = (
-        generate_texts(loaded, params, prompts, request.generating.greedy)
+        generate_answers(loaded, params, prompts, request.generating.greedy)
         for params in (loaded.params, loaded.base)
     )
     texts = [loaded.tokenizer.decode(list(one), skip_special_tokens=True) for one in prompts]
-    return tuple(zip(texts, own, base, strict=True))
+    return tuple(
+        (text, first.text, second.text)
+        for text, first, second in zip(texts, own, base, strict=True)
+    )
 
 
 def _prompts(rows: PreparedRows, general: General) -> Sequence[Sequence[int]]:

@@ -53,10 +53,18 @@ class Generating:
         return dataclasses.replace(self, temperature=0.0)
 
 
-def generate_texts(
+@dataclass(frozen=True)
+class Answer:
+    """A generated text, and whether it was cut at the maximum number of tokens."""
+
+    text: str
+    is_cut: bool
+
+
+def generate_answers(
     loaded: AdaptedModel, params: Tree, prompts: Sequence[Sequence[int]], how: Generating
-) -> list[str]:
-    """Return the text that a model generates after each prompt."""
+) -> list[Answer]:
+    """Return what a model generates after each prompt."""
     tokenizer, settings = loaded.tokenizer, loaded.settings
     own = {one for one in (settings.eos_token_id, tokenizer.eos_token_id) if one is not None}
     completions = complete(
@@ -69,7 +77,10 @@ def generate_texts(
         eos=sorted(own | ends_of(loaded.model, None)),
         batch_size=how.batch_size,
     )
-    return [tokenizer.decode(list(one.tokens), skip_special_tokens=True) for one in completions]
+    return [
+        Answer(tokenizer.decode(list(one.tokens), skip_special_tokens=True), one.ending == "length")
+        for one in completions
+    ]
 
 
 def require_answers(rows: PreparedRows) -> None:
@@ -105,7 +116,8 @@ def score_texts(
     """
     prompts = [rows.encoder.prompt(rows.examples, row) for row in rows.kept.tolist()]
     references = [last_answer(rows.examples.texts[row]) for row in rows.kept.tolist()]
-    texts = generate_texts(loaded, params, prompts, how)
+    answers = generate_answers(loaded, params, prompts, how)
+    texts = [answer.text for answer in answers]
     textual = [metric for metric in metrics if metric != CODE]
     scores = row_scores(textual, texts, references)
     statistics: list[Statistic] = [base.statistic, text_statistic(textual, texts, references)]
@@ -125,6 +137,7 @@ def score_texts(
         {name: scores[name] == 1.0 for name in _YES_OR_NO if name in scores},
         texts,
         references,
+        cut=[answer.is_cut for answer in answers],
     )
 
 

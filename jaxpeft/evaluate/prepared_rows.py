@@ -27,7 +27,7 @@ from jaxpeft.hub.adapters.settings import Settings
 from jaxpeft.hub.base_head import read_head
 from jaxpeft.inference.adapted_model import AdaptedModel
 
-_PROBLEMS: Mapping[str, ProblemType] = {
+PROBLEMS: Mapping[str, ProblemType] = {
     "single_label_classification": "single_label",
     "multi_label_classification": "multi_label",
     "regression": "regression",
@@ -141,7 +141,7 @@ def _examples(rows: Rows, kind: Kind, config: Config, loaded: AdaptedModel) -> E
 
 def problem_of(loaded: AdaptedModel, kind: Kind) -> ProblemType | None:
     """Return the problem type of a classifier, of its run or of the base's head, or None."""
-    problem = _PROBLEMS.get(str(loaded.settings.problem_type))
+    problem = PROBLEMS.get(str(loaded.settings.problem_type))
     if problem is None and kind == "classification":
         head = read_head(loaded.model.source, loaded.model.options.task)
         problem = head.problem if head else None

@@ -7,14 +7,20 @@ from typing import Any
 
 from jaxpeft.evaluate.assessment import Assessment
 from jaxpeft.evaluate.general_text import Forgetting
-from jaxpeft.evaluate.result_json import changed, lower_is_better, shown_input, worst
+from jaxpeft.evaluate.result_json import changed, shown_input, tests_of_correctness, wins, worst
+from jaxpeft.evaluate.scored import Scored
+from jaxpeft.evaluation.by_class import lowest_first
 from jaxpeft.evaluation.intervals import Contrast, Estimate
-from jaxpeft.evaluation.metrics import LOWER_IS_BETTER
-from jaxpeft.evaluation.paired import count_wins, mcnemar
+from jaxpeft.evaluation.wording import (
+    is_lower_better,
+    model_name,
+    p_clause,
+    p_value,
+    smallest_p,
+    verdict,
+)
 
-_MOST_CLASSES, _MOST_CONFUSED, _LONGEST = 30, 10, 70
-_SMALLEST = 1e-6
-_LOWER = LOWER_IS_BETTER | {"bits_per_byte", "ece"}
+_MOST_CLASSES, _LARGEST_MATRIX, _MOST_CONFUSED, _LONGEST = 10, 10, 5, 70
 
 
 def report(found: Assessment, count: int) -> str:
@@ -33,7 +39,8 @@ def report(found: Assessment, count: int) -> str:
     dropped = len(rows.examples) - len(found.own)
     if dropped:
         lines.append(f"rows without a token in the loss, which are not evaluated: {dropped}")
-    lines += ["", *_metrics(found.metrics, found), *_paired(found)]
+    lines += ["", *_metrics(found.metrics, found, model_name(found.other_title))]
+    lines += _paired(found)
     if found.forgetting is not None:
         lines += ["", *_forgetting(found.forgetting, found)]
     lines += [*_classes(found), *_confusion(found), *_thresholds(found)]
@@ -53,30 +60,37 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _metrics(metrics: Mapping[str, Estimate | Contrast], found: Assessment) -> list[str]:
-    level = f"{found.request.bootstrap.level:.0%} interval"
-    named = {
-        f"{name} (lower is better)" if name in _LOWER else name: one
-        for name, one in metrics.items()
-    }
-    if not any(isinstance(one, Contrast) for one in named.values()):
+def _metrics(
+    metrics: Mapping[str, Estimate | Contrast], found: Assessment, other: str
+) -> list[str]:
+    options = found.request.bootstrap
+    level, smallest = f"{options.level:.0%} interval", smallest_p(options.resamples)
+    if not any(isinstance(one, Contrast) for one in metrics.values()):
         cells = [
-            [name, *_estimate(one)] for name, one in named.items() if isinstance(one, Estimate)
+            [_named(name), *_estimate(one)]
+            for name, one in metrics.items()
+            if isinstance(one, Estimate)
         ]
         return table(["metric", "value", level], cells)
-    header = ["metric", "value", level, "other", level, "difference", level, "p"]
-    cells = [
-        [
-            name,
-            *_estimate(one.own),
-            *_estimate(one.other),
-            *_estimate(one.difference, "+"),
-            "-" if one.p is None else f"{one.p:.3f}",
-        ]
-        for name, one in named.items()
-        if isinstance(one, Contrast)
+    header = ["metric", "value", level, other, level, "difference", level, "p", ""]
+    return table(header, [_cells(name, one, smallest) for name, one in metrics.items()])
+
+
+def _named(name: str) -> str:
+    return f"{name} (lower is better)" if is_lower_better(name) else name
+
+
+def _cells(name: str, one: Estimate | Contrast, smallest: float) -> list[str]:
+    if isinstance(one, Estimate):
+        return [_named(name), *_estimate(one), *"-----", ""]
+    return [
+        _named(name),
+        *_estimate(one.own),
+        *_estimate(one.other),
+        *_estimate(one.difference, "+"),
+        "-" if one.p is None else p_value(one.p, smallest),
+        verdict(name, one.difference.low, one.difference.high),
     ]
-    return table(header, cells)
 
 
 def _estimate(one: Estimate, sign: str = "") -> list[str]:
@@ -86,32 +100,25 @@ def _estimate(one: Estimate, sign: str = "") -> list[str]:
 
 
 def _paired(found: Assessment) -> Iterator[str]:
-    own, other = found.own, found.other
-    if other is None:
-        return
-    yield ""
-    for name, scores in own.scores.items():
-        one = count_wins(scores, other.scores[name], lower_is_better=lower_is_better(name))
+    other = model_name(found.other_title)
+    if found.other is not None:
+        yield ""
+    for name, one in wins(found).items():
         yield (
             f"{name} by row: better in {one.wins}, worse in {one.losses}, equal in {one.ties}"
-            f" (sign test {_p(one.p)})"
+            f" (sign test {p_clause(one.p)})"
         )
-    for name, right in own.correct.items():
-        test = mcnemar(right, other.correct[name])
+    for name, test in tests_of_correctness(found).items():
         yield (
-            f"{name}: only this model right in {test.only_own}, only the other in"
+            f"{name}: only this model right in {test.only_own}, only {other} in"
             f" {test.only_other}, both in {test.both}, neither in {test.neither} (McNemar"
-            f" {_p(test.p)})"
+            f" {p_clause(test.p)})"
         )
-
-
-def _p(p: float) -> str:
-    return f"p = {p:.3g}" if p >= _SMALLEST else f"p < {_SMALLEST}"
 
 
 def _forgetting(one: Forgetting, found: Assessment) -> Iterator[str]:
-    yield f"forgetting, on {one.rows} rows of {one.path} (other: the base)"
-    yield from _metrics(one.metrics, found)
+    yield f"forgetting, on {one.rows} rows of {one.path}"
+    yield from _metrics(one.metrics, found, "base")
     value, interval = _estimate(one.divergence)
     yield f"divergence of the next token from the base's: {value} nats ({interval})"
     if one.changed is not None:
@@ -123,7 +130,7 @@ def _classes(found: Assessment) -> Iterator[str]:
     classes = found.own.classes
     if not classes:
         return
-    shown = sorted(classes, key=lambda one: one.f1)[:_MOST_CLASSES]
+    shown = lowest_first(classes)[:_MOST_CLASSES]
     yield ""
     if len(shown) < len(classes):
         yield f"the {len(shown)} of {len(classes)} classes with the lowest F1 (--json has all):"
@@ -139,7 +146,7 @@ def _confusion(found: Assessment) -> Iterator[str]:
     if matrix is None:
         return
     yield ""
-    if len(labels) <= _MOST_CONFUSED:
+    if len(labels) <= _LARGEST_MATRIX:
         yield from table(
             ["true \\ predicted", *labels],
             [[label, *map(str, row)] for label, row in zip(labels, matrix.tolist(), strict=True)],
@@ -167,14 +174,14 @@ def _thresholds(found: Assessment) -> Iterator[str]:
 
 def _changed_rows(found: Assessment, count: int) -> Iterator[str]:
     other = found.other
-    if other is None or not other.predictions:
+    if other is None or not other.predictions or found.against_constant:
         return
     rows = changed(found)
     yield ""
     yield f"{len(rows)} of {len(found.own)} predictions differ" + (":" if rows[:count] else "")
     for i in rows[:count]:
         yield _line(found, i)
-        yield f"    other: {_short(other.predictions[i])}"
+        yield f"    {model_name(found.other_title)}: {_prediction(other, i)}"
 
 
 def _worst_rows(found: Assessment, count: int) -> Iterator[str]:
@@ -196,9 +203,15 @@ def _line(found: Assessment, at: int) -> str:
     if not own.predictions:
         name = next(iter(own.scores))
         return f"{line}\n    {name} {own.scores[name][at]:.4f}"
-    return f"{line}\n    truth: {_short(own.truth[at])}\n    model: {_short(own.predictions[at])}"
+    return f"{line}\n    truth: {_short(own.truth[at])}\n    model: {_prediction(own, at)}"
+
+
+def _prediction(scored: Scored, at: int) -> str:
+    """Return a prediction, with an ellipsis if it was cut."""
+    text = _short(scored.predictions[at])
+    return f"{text}…" if scored.cut and scored.cut[at] and not text.endswith("…") else text
 
 
 def _short(value: Any) -> str:
     text = " ".join((", ".join(map(str, value)) if isinstance(value, list) else str(value)).split())
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jaxpeft
@@ -11,8 +12,10 @@ from jaxpeft.evaluate.assessment import Assessment
 from jaxpeft.evaluate.general_text import Forgetting
 from jaxpeft.evaluate.scored import Scored
 from jaxpeft.evaluation.intervals import Contrast, Estimate
-from jaxpeft.evaluation.metrics import LOWER_IS_BETTER
-from jaxpeft.evaluation.paired import count_wins, mcnemar, worst_rows
+from jaxpeft.evaluation.paired import McNemar, Wins, count_wins, mcnemar, worst_rows
+from jaxpeft.evaluation.wording import is_lower_better
+from jaxpeft.hub.sources import folder_sha256
+from jaxpeft.inference.adapted_model import adapter_folder
 
 VERSION = 1
 """Version of the JSON; increased when a field is renamed or changes its meaning."""
@@ -26,6 +29,7 @@ def result_json(found: Assessment) -> dict[str, Any]:
         "version": VERSION,
         "jaxpeft_version": jaxpeft.__version__,
         "model": found.title,
+        "adapter": None if request.adapter is None else _adapter(adapter_folder(request.adapter)),
         "against": found.other_title or None,
         "notes": list(found.notes),
         "data": {
@@ -69,42 +73,59 @@ def metric_json(one: Estimate | Contrast) -> dict[str, Any]:
     }
 
 
-def lower_is_better(score: str) -> bool:
-    """Return whether a smaller score of a row is better."""
-    return score in LOWER_IS_BETTER or score == "squared_error"
-
-
 def worst(found: Assessment, count: int) -> list[int]:
     """Return the rows with the worst scores, the worst first, as indices of `rows`."""
     name = next(iter(found.own.scores))
-    return worst_rows(found.own.scores[name], count, lower_is_better=lower_is_better(name))
+    return worst_rows(found.own.scores[name], count, lower_is_better=is_lower_better(name))
 
 
 def changed(found: Assessment) -> list[int]:
-    """Return the rows whose prediction differs from the other model's, as indices of `rows`."""
-    if found.other is None:
+    """Return the rows whose prediction differs from the other model's, as indices of `rows`; none
+    if that has a constant answer.
+    """
+    if found.other is None or found.against_constant:
         return []
     pairs = zip(found.own.predictions, found.other.predictions, strict=True)
     return [i for i, (own, other) in enumerate(pairs) if own != other]
 
 
+def wins(found: Assessment) -> dict[str, Wins]:
+    """Return the wins against the other model by score; empty without one. The probability of the
+    label is left out, since it falls where the loss rises.
+    """
+    if found.other is None:
+        return {}
+    return {
+        name: count_wins(scores, found.other.scores[name], lower_is_better=is_lower_better(name))
+        for name, scores in found.own.scores.items()
+        if name != "probability"
+    }
+
+
+def tests_of_correctness(found: Assessment) -> dict[str, McNemar]:
+    """Return McNemar's test against the other model by metric; empty without one, or if it has a
+    constant answer.
+    """
+    if found.other is None or found.against_constant:
+        return {}
+    return {
+        name: mcnemar(right, found.other.correct[name]) for name, right in found.own.correct.items()
+    }
+
+
 def _paired(found: Assessment) -> dict[str, Any] | None:
-    """Return the wins by score, and McNemar's test by metric."""
-    own, other = found.own, found.other
-    if other is None:
+    if found.other is None:
         return None
     return {
-        "wins": {
-            name: dataclasses.asdict(
-                count_wins(scores, other.scores[name], lower_is_better=lower_is_better(name))
-            )
-            for name, scores in own.scores.items()
-        },
+        "wins": {name: dataclasses.asdict(one) for name, one in wins(found).items()},
         "mcnemar": {
-            name: dataclasses.asdict(mcnemar(right, other.correct[name]))
-            for name, right in own.correct.items()
+            name: dataclasses.asdict(one) for name, one in tests_of_correctness(found).items()
         },
     }
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    return {"path": str(folder.expanduser().resolve()), "sha256": folder_sha256(folder)}
 
 
 def _by_class(own: Scored, labels: tuple[str, ...]) -> dict[str, Any]:
@@ -135,7 +156,8 @@ def _result(scored: Scored, at: int) -> dict[str, Any]:
     scores = {name: float(values[at]) for name, values in scored.scores.items()}
     if not scored.predictions:
         return {"scores": scores}
-    return {"prediction": scored.predictions[at], "scores": scores}
+    cut = {"cut": scored.cut[at]} if scored.cut else {}
+    return {"prediction": scored.predictions[at], **cut, "scores": scores}
 
 
 def shown_input(found: Assessment, at: int) -> str:

@@ -34,6 +34,7 @@ class Scored:
         confusion: confusion matrix, int [classes, classes]; None for other problems.
         calibration: reliability of the probabilities; None for other problems.
         notes: what a reader must know about the metrics.
+        cut: whether the generated answer of each row was cut; empty for others.
     """
 
     statistic: Statistic
@@ -45,6 +46,7 @@ class Scored:
     confusion: np.ndarray | None = None
     calibration: Calibration | None = None
     notes: tuple[str, ...] = ()
+    cut: Sequence[bool] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.scores.values())))

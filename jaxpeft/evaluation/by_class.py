@@ -55,6 +55,11 @@ def class_scores(
     )
 
 
+def lowest_first(classes: Sequence[ClassScore]) -> list[ClassScore]:
+    """Return the classes by F1, the lowest first; those without rows are last."""
+    return sorted(classes, key=lambda one: (not one.support, one.f1))
+
+
 def confusion(predicted: np.ndarray, true: np.ndarray, classes: int) -> np.ndarray:
     """Return the confusion matrix, int [classes, classes]; a row is a true class.
 

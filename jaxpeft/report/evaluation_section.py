@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxpeft.evaluation.by_class import ClassScore
+from jaxpeft.evaluation.by_class import ClassScore, lowest_first
 from jaxpeft.evaluation.wording import (
     is_lower_better,
     model_name,
@@ -100,7 +100,7 @@ def section_of(run: RunFolder, found: Evaluation) -> EvaluationSection:
         model_name(found.against) if found.against else "",
         [_draw(measure, smallest) for measure in found.measures],
         [_draw(one, smallest) for one in (found.forgotten.measures if found.forgotten else ())],
-        sorted(parts.classes, key=lambda one: one.f1),
+        lowest_first(parts.classes),
         len(parts.classes) > _MOST_CLASSES,
         class_charts.draw_reliability(parts.calibration) if parts.calibration else None,
         class_charts.draw_confusion(confusion) if confusion else None,

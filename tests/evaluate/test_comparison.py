@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+from safetensors.numpy import load_file, save_file
 from scipy.stats import binomtest
+
+from jaxpeft.hub.sources import file_sha256
 
 
 def test_a_language_model_is_compared_with_its_base(trained, evaluate):
@@ -45,7 +49,28 @@ def test_a_classifier_whose_base_has_no_head_is_compared_with_a_constant(trained
     assert found["notes"][0] in shown
     accuracy = found["metrics"]["accuracy"]
     assert accuracy["against"]["value"] == pytest.approx(14 / 40)  # the most frequent class
-    table = found["paired"]["mcnemar"]["accuracy"]
+    # what says nothing against a constant is left out
+    assert found["paired"]["mcnemar"] == {} and found["changed"] == []
+    assert found["paired"]["wins"].keys() == {"loss"}
+    assert "against" not in found["metrics"]["ece"]
+    assert "predictions differ" not in shown and "McNemar" not in shown
+    assert "constant answer" in shown and "< 0.04  better" in shown
+
+
+def test_two_adapters_are_compared_by_row(trained, evaluate, tmp_path):
+    run = trained("single")
+    other = tmp_path / "other"
+    shutil.copytree(run.folder / "adapter", other)
+    weights = load_file(other / "adapter_model.safetensors")
+    save_file(
+        {name: -one if "classifier" in name else one for name, one in weights.items()},
+        other / "adapter_model.safetensors",
+    )
+    settings = json.loads((other / "jaxpeft.json").read_text())
+    del settings["sha256"]
+    (other / "jaxpeft.json").write_text(json.dumps(settings))
+    found, shown = evaluate("--adapter", run.folder, "--data", run.rows, "--against", other)
+    accuracy, table = found["metrics"]["accuracy"], found["paired"]["mcnemar"]["accuracy"]
     assert sum(table[name] for name in ("both", "only_own", "only_other", "neither")) == 40
     assert accuracy["difference"]["value"] == pytest.approx(
         (table["only_own"] - table["only_other"]) / 40
@@ -55,8 +80,14 @@ def test_a_classifier_whose_base_has_no_head_is_compared_with_a_constant(trained
         for i, row in enumerate(found["rows"])
         if row["prediction"] != row["against"]["prediction"]
     ]
-    assert found["changed"] == differ
+    assert found["changed"] == differ and differ
     assert f"{len(differ)} of 40 predictions differ" in shown
+    assert f"    {other.parent.name}/other: " in shown
+    folder = run.folder / "adapter"
+    assert found["adapter"] == {
+        "path": str(folder),
+        "sha256": {"adapter_model.safetensors": file_sha256(folder / "adapter_model.safetensors")},
+    }
 
 
 def test_an_adapter_equals_itself(trained, evaluate):

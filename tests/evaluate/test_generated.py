@@ -7,7 +7,7 @@ import json
 import pytest
 
 from jaxpeft.evaluate import generated
-from jaxpeft.evaluate.generated import Generating, generate_texts
+from jaxpeft.evaluate.generated import Answer, Generating, generate_answers
 from jaxpeft.inference.adapted_model import load_adapted
 from tests.train.runs import WORDS
 
@@ -18,9 +18,9 @@ def test_answers_are_those_of_transformers(tiny_models):
 
     loaded = load_adapted(str(tiny_models["llama"]))
     prompts = [[2, 10, 11], [2, 12, 13, 14, 15]]
-    texts = generate_texts(loaded, loaded.params, prompts, Generating(max_new_tokens=5))
+    answers = generate_answers(loaded, loaded.params, prompts, Generating(max_new_tokens=5))
     theirs = AutoModelForCausalLM.from_pretrained(tiny_models["llama"], dtype=torch.float32)
-    for prompt, text in zip(prompts, texts, strict=True):
+    for prompt, answer in zip(prompts, answers, strict=True):
         out = theirs.generate(
             torch.tensor([prompt]),
             max_new_tokens=5,
@@ -28,7 +28,9 @@ def test_answers_are_those_of_transformers(tiny_models):
             eos_token_id=3,
             pad_token_id=0,
         )
-        assert text == loaded.tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
+        assert answer.text == loaded.tokenizer.decode(
+            out[0, len(prompt) :], skip_special_tokens=True
+        )
 
 
 @pytest.mark.skipif("sys.platform != 'linux'", reason="Linux limits the process")
@@ -41,7 +43,11 @@ def test_the_tests_of_each_row_run_with_its_answer(trained, evaluate, monkeypatc
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     answers = ["x = 0", "```python\nx = 1\n```", "x = 7"]
-    monkeypatch.setattr(generated, "generate_texts", lambda *_: answers)
+    monkeypatch.setattr(
+        generated,
+        "generate_answers",
+        lambda *_: [Answer(text, text == "x = 7") for text in answers],
+    )
     found, shown = evaluate(
         "--adapter",
         run.folder,
@@ -54,4 +60,6 @@ def test_the_tests_of_each_row_run_with_its_answer(trained, evaluate, monkeypatc
     assert found["metrics"]["code_passes"]["value"] == pytest.approx(2 / 3)
     assert [row["scores"]["code_passes"] for row in found["rows"]] == [1, 1, 0]
     assert [row["prediction"] for row in found["rows"]] == answers
+    assert [row["cut"] for row in found["rows"]] == [False, False, True]
+    assert "model: x = 7…" in shown and "model: x = 0\n" in shown
     assert "code_passes" in shown

@@ -42,9 +42,11 @@ def test_an_output_in_an_absent_folder_is_refused_first(capsys):
 def test_a_metric_of_another_task_is_refused(trained, evaluate):
     run = trained("single")
     error = evaluate("--adapter", run.folder, "--data", run.rows, "--metrics=acuracy", fails=True)
-    assert "--metrics: 'acuracy' is not a metric of this data; did you mean 'accuracy'?" in error
+    assert (
+        "--metrics: 'acuracy' is not a metric of classification; did you mean 'accuracy'?" in error
+    )
     error = evaluate("--adapter", run.folder, "--data", run.rows, "--metrics=rougeL", fails=True)
-    assert "'rougeL' is not a metric of this data" in error
+    assert "'rougeL' is not a metric of classification" in error
 
 
 def test_options_of_other_problems_are_refused(trained, evaluate):
@@ -53,9 +55,9 @@ def test_options_of_other_problems_are_refused(trained, evaluate):
     error = evaluate(*common, "--thresholds", run.rows, fails=True)
     assert "--thresholds: is for multi-label classification" in error
     error = evaluate(*common, "--general", run.rows, fails=True)
-    assert "--general: is for language models, but the task is 'sequence_class" in error
+    assert "--general: is for language models, not classification; omit it" in error
     error = evaluate(*common, "--run-code=answer", fails=True)
-    assert "--run-code: is for language models; omit it" in error
+    assert "--run-code: is for language models, not classification; omit it" in error
 
 
 def test_texts_without_answers_have_no_text_metrics(trained, evaluate):
@@ -120,4 +122,14 @@ def test_the_separator_is_unescaped():
 def test_there_is_nothing_to_plot_for_a_language_model(trained, evaluate, tmp_path):
     run = trained("answers")
     words = ("--adapter", run.folder, "--data", run.rows, "--plot", tmp_path / "plots")
-    assert "--plot: there is nothing to plot for problem lm" in evaluate(*words, fails=True)
+    said = "--plot: there is nothing to plot for language models; omit it"
+    assert said in evaluate(*words, fails=True)
+
+
+@pytest.mark.parametrize("kind", ["answers", "single"])
+def test_metrics_are_checked_before_the_base_is_read(trained, evaluate, kind):
+    # a base that does not exist would be refused later
+    run, gone = trained(kind), ("--model", "/gone")
+    words = ("--adapter", run.folder, "--data", run.rows, *gone, "--metrics=pearson")
+    what = {"answers": "language models", "single": "classification"}[kind]
+    assert f"'pearson' is not a metric of {what}" in evaluate(*words, fails=True)

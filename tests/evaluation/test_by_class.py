@@ -7,7 +7,12 @@ import pytest
 from sklearn.metrics import classification_report, confusion_matrix, f1_score
 
 from jaxpeft.errors import DataError
-from jaxpeft.evaluation.by_class import choose_thresholds, class_scores, confusion
+from jaxpeft.evaluation.by_class import (
+    choose_thresholds,
+    class_scores,
+    confusion,
+    lowest_first,
+)
 
 NAMES = ("a", "b", "c", "d")
 
@@ -65,3 +70,10 @@ def test_a_label_without_rows_keeps_one_half():
 def test_thresholds_of_other_shapes_are_refused():
     with pytest.raises(DataError, match=r"shape \(3, 2\) do not match labels of shape \(3, 1\)"):
         choose_thresholds(np.zeros((3, 2)), np.zeros((3, 1)))
+
+
+def test_classes_without_rows_are_not_the_lowest():
+    found = class_scores(np.array([0, 1, 1]), np.array([0, 0, 1]), ("good", "low", "absent"))
+    assert [one.label for one in lowest_first(found)] == ["good", "low", "absent"]
+    found = class_scores(np.array([0, 0]), np.array([0, 2]), ("good", "absent", "low"))
+    assert [one.label for one in lowest_first(found)] == ["low", "good", "absent"]
