@@ -1,14 +1,14 @@
 """Generated code that must pass its tests, as in HumanEval (Chen et al. 2021, arXiv:2107.03374).
 
-It runs only in a limited process: see `code_sandbox`.
+It runs only in a limited process: see `code_sandbox`, which also says what a result cannot prove.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import re
-import secrets
 import signal
 import subprocess
 import sys
@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from jaxpeft.errors import ConfigError, DataError, show
 from jaxpeft.evaluation import code_sandbox
+from jaxpeft.evaluation.system_calls import filter_calls
 
 TESTS = ("test", "tests", "test_list")
 """Usual columns of tests: Python code, or a list of statements."""
@@ -35,11 +36,15 @@ class CodeLimits:
         seconds: time.
         memory: address space in bytes.
         file_size: size of a file that it writes, in bytes.
+        disk: size of all its files, in bytes, where the user may create namespaces.
+        files: their number, likewise.
     """
 
     seconds: int = 10
     memory: int = 1 << 30
     file_size: int = 16 << 20
+    disk: int = 64 << 20
+    files: int = 1000
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,10 @@ class CodeResult:
     Attributes:
         passed: whether it ran to its end.
         error: why not; empty if it passed.
-        network: `none`, `no TCP`, or `open` where the system cannot close it; empty if unknown.
     """
 
     passed: bool
     error: str = ""
-    network: str = ""
 
 
 def run_program(program: str, limits: CodeLimits = CodeLimits()) -> CodeResult:
@@ -69,13 +72,13 @@ def run_program(program: str, limits: CodeLimits = CodeLimits()) -> CodeResult:
     """
     if sys.platform != "linux":
         raise ConfigError(f"--run-code: needs Linux to limit programs; this is {sys.platform}")
-    token = secrets.token_hex()
+    steps = filter_calls(platform.machine())
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         tempfile.TemporaryFile() as request,
         tempfile.TemporaryFile() as answer,
     ):
-        content = {"program": program, "folder": folder, "token": token, **vars(limits)}
+        content = {"program": program, "folder": folder, "filter": steps.hex(), **vars(limits)}
         request.write(json.dumps(content).encode())
         request.seek(0)
         process = subprocess.Popen(  # noqa: S603 - this Python, and a file of jaxpeft
@@ -89,7 +92,7 @@ def run_program(program: str, limits: CodeLimits = CodeLimits()) -> CodeResult:
         )
         in_time = _wait(process, limits.seconds)
         answer.seek(0)
-        return _read(answer.read(1 << 16), token, in_time=in_time, limits=limits)
+        return _read(answer.read(1 << 16), in_time=in_time, limits=limits)
 
 
 def _wait(process: subprocess.Popen[bytes], seconds: int) -> bool:
@@ -105,7 +108,7 @@ def _wait(process: subprocess.Popen[bytes], seconds: int) -> bool:
     return True
 
 
-def _read(answer: bytes, token: str, *, in_time: bool, limits: CodeLimits) -> CodeResult:
+def _read(answer: bytes, *, in_time: bool, limits: CodeLimits) -> CodeResult:
     try:
         reply: Any = json.loads(answer)
     except ValueError:
@@ -122,9 +125,7 @@ def _read(answer: bytes, token: str, *, in_time: bool, limits: CodeLimits) -> Co
             f"--run-code: this system cannot limit a program: {reply['refused']}; use Linux 5.13 or"
             " newer with Landlock enabled, or leave the option out"
         )
-    if reply.get("token") == token:
-        return CodeResult(True, "", str(reply.get("network", "")))
-    return CodeResult(False, str(reply.get("error", "")), str(reply.get("network", "")))
+    return CodeResult(reply["passed"] is True, str(reply["error"]))
 
 
 def find_code(text: str) -> str:
