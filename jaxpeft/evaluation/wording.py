@@ -21,7 +21,7 @@ def is_lower_better(name: str) -> bool:
 
 def verdict(name: str, low: float | None, high: float | None) -> str:
     """Return what the interval of a difference says: `better`, `worse`, or `unclear` if it
-    includes 0; empty without an interval.
+    includes 0, `equal` if it is only 0; empty without an interval.
 
     Args:
         name: the metric.
@@ -30,6 +30,8 @@ def verdict(name: str, low: float | None, high: float | None) -> str:
     """
     if low is None or high is None:
         return ""
+    if low == high == 0:
+        return "equal"
     if low <= 0 <= high:
         return "unclear"
     return "better" if (high < 0) == is_lower_better(name) else "worse"

@@ -33,7 +33,7 @@ class DrawnMeasure:
         measure: the metric.
         axis: axis of the intervals.
         lower_is_better: whether a smaller value is better.
-        verdict: `better`, `worse`, `unclear` or empty.
+        verdict: `better`, `worse`, `unclear`, `equal` or empty.
         p: p-value as text; empty without one.
     """
 

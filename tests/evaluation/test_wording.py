@@ -22,7 +22,8 @@ from jaxpeft.evaluation.wording import (
         ("accuracy", 0.1, 0.2, "better"),
         ("accuracy", -0.2, -0.1, "worse"),
         ("accuracy", -0.1, 0.1, "unclear"),
-        ("accuracy", 0.0, 0.0, "unclear"),
+        ("accuracy", 0.0, 0.0, "equal"),
+        ("accuracy", 0.0, 0.1, "unclear"),
         ("accuracy", None, None, ""),
     ],
 )
