@@ -74,7 +74,7 @@ def assess(request: EvaluationRequest) -> Assessment:
     rows = _rows(request, loaded)
     names = shown_metrics(request, rows.problem, rows.labels)
     if request.text_metrics:
-        require_answers(rows)
+        require_answers(rows, request.generating)
     thresholds = _thresholds(request, loaded, rows)
     own = _score(request, loaded, loaded.params, rows, thresholds)
     title = str(loaded.adapter or loaded.model.source.name)
