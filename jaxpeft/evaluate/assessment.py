@@ -24,7 +24,7 @@ from jaxpeft.evaluation.intervals import Contrast, Estimate, contrast, estimate
 from jaxpeft.evaluation.wording import CONSTANT
 from jaxpeft.hub.adapters.adapter_folder import read_adapter, request_of
 from jaxpeft.hub.base_head import read_head
-from jaxpeft.inference.adapted_model import AdaptedModel, load_adapted
+from jaxpeft.inference.adapted_model import AdaptedModel, load_adapted, task_of
 from jaxpeft.logs import log_time
 
 _log = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def assess(request: EvaluationRequest) -> Assessment:
     rows = _rows(request, loaded)
     names = shown_metrics(request, rows.problem, rows.labels)
     if request.text_metrics:
-        require_answers(rows)
+        require_answers(rows, request.generating)
     thresholds = _thresholds(request, loaded, rows)
     own = _score(request, loaded, loaded.params, rows, thresholds)
     title = str(loaded.adapter or loaded.model.source.name)
@@ -123,9 +123,10 @@ def _require_metrics(request: EvaluationRequest) -> None:
         ConfigError: A metric, or another part of the request, does not exist for the task.
     """
     if request.adapter is None:
-        task, labels, problem = request.load.get("task") or "causal_lm", (), None
+        task = request.load.get("task") or task_of(str(request.model))
+        labels, problem = (), None
     else:
-        folder = read_adapter(adapter_folder(request.adapter))
+        folder = read_adapter(request.adapter)
         task = request_of(folder, task=request.load.get("task")).task
         labels = folder.settings.labels
         problem = PROBLEMS.get(str(folder.settings.problem_type))

@@ -15,7 +15,7 @@ from jaxpeft.data.examples.make import CHATS
 from jaxpeft.errors import ConfigError
 from jaxpeft.evaluate.prepared_rows import PreparedRows
 from jaxpeft.evaluate.scored import Scored
-from jaxpeft.evaluation.code_tests import program_of, run_program
+from jaxpeft.evaluation.code_tests import program_of, row_tests, run_program
 from jaxpeft.evaluation.intervals import Statistic
 from jaxpeft.evaluation.text_scores import CORPUS, row_scores, text_statistic
 from jaxpeft.inference.adapted_model import AdaptedModel
@@ -83,17 +83,22 @@ def generate_answers(
     ]
 
 
-def require_answers(rows: PreparedRows) -> None:
-    """Refuse rows that have no answers to compare with.
+def require_answers(rows: PreparedRows, how: Generating) -> None:
+    """Refuse rows that have no answers to compare with, or no tests of code that runs.
 
     Raises:
-        ConfigError: The format of the rows has no answers.
+        ConfigError: The format of the rows has no answers, or the system cannot limit programs.
+        DataError: A row has no tests.
     """
     if rows.examples.kind not in CHATS:
         raise ConfigError(
             f"--metrics: rows of {rows.examples.rows.name} have format {rows.examples.kind}, which"
             " has no answers to generate; use rows with prompts, or set --separator"
         )
+    if how.code is not None:
+        run_program("pass")
+        for row in rows.kept.tolist():
+            row_tests(rows.examples.rows.records[row], how.tests)
 
 
 def score_texts(

@@ -14,8 +14,8 @@ from jaxpeft.evaluate.scored import Scored
 from jaxpeft.evaluation.intervals import Contrast, Estimate
 from jaxpeft.evaluation.paired import McNemar, Wins, count_wins, mcnemar, worst_rows
 from jaxpeft.evaluation.wording import is_lower_better
+from jaxpeft.hub.adapters.adapter_folder import read_adapter
 from jaxpeft.hub.sources import folder_sha256
-from jaxpeft.inference.adapted_model import adapter_folder
 
 VERSION = 1
 """Version of the JSON; increased when a field is renamed or changes its meaning."""
@@ -29,7 +29,9 @@ def result_json(found: Assessment) -> dict[str, Any]:
         "version": VERSION,
         "jaxpeft_version": jaxpeft.__version__,
         "model": found.title,
-        "adapter": None if request.adapter is None else _adapter(adapter_folder(request.adapter)),
+        "adapter": None
+        if request.adapter is None
+        else _adapter(read_adapter(request.adapter).folder),
         "against": found.other_title or None,
         "notes": list(found.notes),
         "data": {

@@ -134,6 +134,28 @@ def find_code(text: str) -> str:
     return found.group(1) if found else text
 
 
+def row_tests(record: Mapping[str, Any], column: str | None = None) -> str:
+    """Return the tests of a row.
+
+    Args:
+        record: the row.
+        column: column of the tests; None for a usual one.
+
+    Raises:
+        DataError: The row has no tests.
+    """
+    name = column or next((name for name in TESTS if record.get(name)), None)
+    tests: Any = record.get(name) if name else None
+    if isinstance(tests, list) and all(isinstance(line, str) for line in tests):
+        tests = "\n".join(tests)
+    if not isinstance(tests, str) or not tests.strip():
+        raise DataError(
+            f"--run-code: a row has no tests in column {name or ' or '.join(TESTS)!r}, but"
+            f" {show(tests)}; name the column with --tests"
+        )
+    return tests
+
+
 def program_of(
     record: Mapping[str, Any],
     prompt: str,
@@ -154,15 +176,7 @@ def program_of(
     Raises:
         DataError: The row has no tests.
     """
-    name = column or next((name for name in TESTS if record.get(name)), None)
-    tests: Any = record.get(name) if name else None
-    if isinstance(tests, list) and all(isinstance(line, str) for line in tests):
-        tests = "\n".join(tests)
-    if not isinstance(tests, str) or not tests.strip():
-        raise DataError(
-            f"--run-code: a row has no tests in column {name or ' or '.join(TESTS)!r}, but"
-            f" {show(tests)}; name the column with --tests"
-        )
+    tests = row_tests(record, column)
     entry = record.get("entry_point")
     check = f"check({entry})" if isinstance(entry, str) and entry.isidentifier() else ""
     head = prompt if start == "prompt" else ""

@@ -13,21 +13,23 @@ the model. Needs the extra `lm-eval`.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from jaxpeft.errors import ConfigError
+from jaxpeft.errors import ConfigError, DataError, show
 from jaxpeft.inference.adapted_model import load_adapted
 from jaxpeft.inference.generation import complete, ends_of
 from jaxpeft.inference.sampling import Sampling
 from jaxpeft.inference.scoring import score
 
+_log = logging.getLogger(__name__)
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -117,9 +119,18 @@ class JaxPeft(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        """Score continuations; a row that is too long loses tokens on the left."""
+        """Score continuations; a row that is too long loses tokens of its context on the left.
+
+        Raises:
+            DataError: A continuation has no tokens, or more than the model has positions.
+        """
         rows: list[tuple[list[int], list[int]]] = []
-        for _, context, continuation in requests:
+        for text, context, continuation in requests:
+            if not 0 < len(continuation) <= self.max_length:
+                raise DataError(
+                    f"a request has a continuation of {len(continuation)} tokens, but 1 to"
+                    f" {self.max_length} (max_length) can be scored: {show(text)}"
+                )
             kept = max(1, self.max_length + 1 - len(continuation))
             rows.append((context[-kept:], continuation))
         return score(self._loaded.model, self._loaded.params, rows, batch_size=self.batch_size)
@@ -160,9 +171,17 @@ class JaxPeft(TemplateLM):
         return found
 
     def _generate(self, contexts: Sequence[str], given: dict[str, Any]) -> list[str]:
-        """Continue contexts with the same options of generation."""
+        """Continue contexts with the same options of generation.
+
+        Raises:
+            ConfigError: An option is not supported.
+        """
         options: dict[str, Any] = dict(normalize_gen_kwargs(given, self.max_gen_toks))
-        stops = handle_stop_sequences(options.pop("until", None), eos=None)
+        stops = _stops(options.pop("until"))
+        if options.pop("max_length", None) is not None:
+            _log.warning("generation_kwargs: max_length is ignored; set max_gen_toks instead")
+        if options.get("num_beams") == 1:
+            del options["num_beams"]
         most = options.pop("max_gen_toks")
         greedy = options.pop("do_sample", None) is False
         unknown = sorted(set(options) - set(_SAMPLING))
@@ -202,6 +221,17 @@ class JaxPeft(TemplateLM):
             for each in completions
         )
         return [_before(text, stops) for text in texts]
+
+
+def _stops(until: Sequence[Any]) -> list[str]:
+    """Return the stop texts of a task, without empty ones, after which `hf` stops at once.
+
+    Raises:
+        ConfigError: One is no text.
+    """
+    if wrong := [one for one in until if not isinstance(one, str | None)]:
+        raise ConfigError(f"generation_kwargs: until must be texts, has {show(wrong[0])}")
+    return [one for one in until if one]
 
 
 def _before(text: str, stops: Sequence[str]) -> str:

@@ -12,19 +12,19 @@ Servers give log-probabilities of a prompt in different forms; they are tried in
 
 from __future__ import annotations
 
-import json
-import urllib.error
-import urllib.request
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
-from urllib.parse import urlsplit
 
 from jaxpeft.errors import ConfigError, ExportError, WeightsError, shorten
+from jaxpeft.export.server_requests import ask, require_address
 from jaxpeft.json_files import parse_json
 
 _TOP = 10
-_MOST_BYTES = 100_000_000
+_MOST_NAMES = 20
+_LARGEST = 1e6
+"""No log-probability of a model is as far from 0."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Server:
     Attributes:
         url: its address, with or without `/v1`.
         model: name of the model to ask for.
-        timeout: seconds to wait for an answer.
+        timeout: seconds to wait for a whole answer.
     """
 
     url: str
@@ -72,11 +72,7 @@ class Server:
     timeout: float
 
     def __post_init__(self) -> None:
-        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
-            raise ConfigError(
-                f"--verify: must be the address of a server, such as http://localhost:8000, is"
-                f" {self.url!r}"
-            )
+        require_address(self.url)
 
     def observe(self, prompts: Sequence[Prompt]) -> tuple[str, list[Observation]]:
         """Return the form that the server understands, and its log-probabilities of prompts.
@@ -102,7 +98,7 @@ class Server:
                 return form.name, found
         if not reasons:
             self._require_model()
-        why = "gives no log-probabilities of prompts; serve the model with vLLM or llama.cpp"
+        why = "gives no usable log-probabilities of prompts; serve the model with vLLM or llama.cpp"
         raise ExportError([f"{self.url}: {why}", *reasons, *absent])
 
     def _require_model(self) -> None:
@@ -114,8 +110,10 @@ class Server:
         """
         names = self.models()
         if names and self.model not in names:
+            more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
             raise ConfigError(
-                f"--model: {self.url} has no model {self.model!r}; it has {', '.join(names)}"
+                f"--model: {self.url} has no model {self.model!r}; it has"
+                f" {', '.join(map(shorten, names[:_MOST_NAMES]))}{more}"
             )
         raise ExportError(f"{self.url}: has no /v1/completions with model {self.model!r}")
 
@@ -139,22 +137,11 @@ class Server:
     def _call(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         """Return the JSON answer of a GET, or of a POST of a body."""
         url = f"{self.url.rstrip('/').removesuffix('/v1')}/v1/{path}"
-        data = None if body is None else json.dumps(body).encode()
-        # the scheme is checked
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310
+        answer = ask(self.url, url, body, self.timeout)
+        if answer.status >= 300:
+            raise self._error(answer.status, answer.content[:10_000])
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:  # noqa: S310
-                text = answer.read(_MOST_BYTES)
-        except urllib.error.HTTPError as error:
-            with error:
-                raise self._error(error.code, error.read(10_000)) from error
-        except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
-            reason = getattr(error, "reason", None) or error
-            raise ExportError(
-                f"{self.url}: cannot be reached ({shorten(str(reason))}); is the server running?"
-            ) from error
-        try:
-            return parse_json(text, url)
+            return parse_json(answer.content, url)
         except WeightsError as error:
             raise ExportError(error.problems) from error
 
@@ -243,9 +230,7 @@ def _top(choice: Mapping[str, Any], length: int) -> _Rows:
     rows = cast(list[Any], found) if isinstance(found, list) else []
     if not rows:
         raise _UnknownFormError("the answer has no logprobs.content.top_logprobs")
-    return [
-        (length - 1, int(_number(_get(row, "id"))), _number(_get(row, "logprob"))) for row in rows
-    ]
+    return [(length - 1, _id(_get(row, "id")), _number(_get(row, "logprob"))) for row in rows]
 
 
 def _get(value: Any, key: str) -> Any:
@@ -255,8 +240,16 @@ def _get(value: Any, key: str) -> Any:
 
 def _number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _UnknownFormError("the answer has no log-probability or id for every token")
+        raise _UnknownFormError("the answer has no log-probability for every token")
+    if math.isnan(value) or abs(value) > _LARGEST:
+        raise _UnknownFormError(f"the answer has {float(value):g} as a log-probability")
     return float(value)
+
+
+def _id(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise _UnknownFormError("the answer has no id, a whole number, for every token")
+    return value
 
 
 _FORMS = (

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxpeft.errors import ConfigError, DataError, ExportError
+from jaxpeft.errors import ConfigError, DataError, ExportError, show
 from jaxpeft.export.completions import Observation, Prompt, Server
 from jaxpeft.export.probe import log_probs_of
 from jaxpeft.export.request import VerifyRequest, outline_of
@@ -94,8 +94,8 @@ def verify(request: VerifyRequest, server: Server) -> Verdict:
     Raises:
         ConfigError: The server has no such model, or the adapter is no language model's.
         AdapterError: The adapter is invalid, or belongs to another base.
-        ExportError: The server cannot be reached, gives no log-probabilities, or adapter and base
-            cannot be told apart.
+        ExportError: The server cannot be reached, gives no log-probabilities or those of another
+            vocabulary, or adapter and base cannot be told apart.
     """
     adapter = read_adapter(request.adapter)
     outline = outline_of(request, adapter)
@@ -110,6 +110,7 @@ def verify(request: VerifyRequest, server: Server) -> Verdict:
         AdaptedModel(model, base, params, adapter.settings, method, request.adapter), TEXTS
     )
     form, found = server.observe(prompts)
+    _require_tokens(found, model.config.vocab_size)
     ids = [prompt.ids for prompt in prompts]
     ours = _taken(log_probs_of(model, params, ids), found)
     plain = _taken(log_probs_of(model, base, ids), found)
@@ -127,8 +128,11 @@ def decide(theirs: Any, ours: Any, plain: Any, form: str) -> Verdict:
         form: form of the requests.
 
     Raises:
-        ExportError: Adapter and base cannot be told apart.
+        ExportError: Adapter and base cannot be told apart, or give NaN.
     """
+    if not (np.isfinite(ours).all() and np.isfinite(plain).all()):
+        which = "the base" if not np.isfinite(plain).all() else "the adapter"
+        raise ExportError(f"{which} itself gives log-probabilities that are not finite")
     to_adapter, to_base, apart = (
         float(np.abs(a - b).mean()) for a, b in ((theirs, ours), (theirs, plain), (ours, plain))
     )
@@ -155,6 +159,8 @@ def _prompts(loaded: AdaptedModel, texts: Sequence[str]) -> list[Prompt]:
     prompts: list[Prompt] = []
     for text in texts:
         ids = tuple(int(token) for token in tokenizer(text)["input_ids"])
+        if len(ids) < 2:
+            continue
         whole = len(ids) <= most - 1  # the server adds a token
         ids = ids[: most - 1]
         if max(ids) >= loaded.model.config.vocab_size:
@@ -162,9 +168,24 @@ def _prompts(loaded: AdaptedModel, texts: Sequence[str]) -> list[Prompt]:
                 f"the tokenizer gives token {max(ids)}, but the model has"
                 f" {loaded.model.config.vocab_size} tokens; use the base's own tokenizer"
             )
-        if len(ids) > 1:
-            prompts.append(Prompt(ids, text if whole else None))
+        prompts.append(Prompt(ids, text if whole else None))
+    if not prompts:
+        raise DataError("the tokenizer gives fewer than two tokens for each probe text")
     return prompts
+
+
+def _require_tokens(found: Sequence[Observation], size: int) -> None:
+    """Refuse tokens that the model does not have.
+
+    Raises:
+        ExportError: The server gives such a token.
+    """
+    largest = max(one.token for one in found)
+    if largest >= size:
+        raise ExportError(
+            f"the server gives token {show(largest)}, but the adapter's model has {size} tokens: it"
+            " serves another model"
+        )
 
 
 def _taken(log_probs: Any, found: Sequence[Observation]) -> Any:

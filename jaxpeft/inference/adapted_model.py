@@ -118,7 +118,7 @@ def load_adapted(
             raise ConfigError("--model: is required without --adapter; set its folder or hub id")
         name = base
         request = ModelRequest(
-            task or _task_of(base, revision), pooling=pooling, vocab_size=vocab_size, **options
+            task or task_of(base, revision), pooling=pooling, vocab_size=vocab_size, **options
         )
     else:
         name, recorded = base_of(folder, base)
@@ -134,7 +134,7 @@ def load_adapted(
     return AdaptedModel(model, params, adapted, folder.settings, method, folder.folder, mesh)
 
 
-def _task_of(base: str, revision: str | None) -> Task:
+def task_of(base: str, revision: str | None = None) -> Task:
     """Return the task of a base's head according to its `config.json`; `causal_lm` if unknown."""
     content = read_json(sources.resolve(base, revision).folder / "config.json")
     names = content.get("architectures")

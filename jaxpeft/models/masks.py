@@ -215,7 +215,9 @@ class Virtual:
         """
         if attention_mask is None:
             return where
-        text = jnp.pad(attention_mask > 0, ((0, 0), (self.prompted, 0)), constant_values=True)
+        text = jnp.pad(
+            attention_mask.astype(bool), ((0, 0), (self.prompted, 0)), constant_values=True
+        )
         return jnp.where(text, where, -1)
 
     def places(self, segment_ids: Array | None, length: int) -> Array:

@@ -63,3 +63,24 @@ def test_the_tests_of_each_row_run_with_its_answer(trained, evaluate, monkeypatc
     assert [row["cut"] for row in found["rows"]] == [False, False, True]
     assert "model: x = 7…" in shown and "model: x = 0\n" in shown
     assert "code_passes" in shown
+
+
+@pytest.mark.skipif("sys.platform != 'linux'", reason="Linux limits the process")
+def test_rows_without_tests_are_refused_before_anything_is_generated(
+    trained, evaluate, tmp_path, monkeypatch
+):
+    run = trained("answers")
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"prompt": "word1", "completion": "word2"}) + "\n")
+    monkeypatch.setattr(generated, "generate_texts", lambda *_: pytest.fail("generates"))
+    error = evaluate(
+        "--adapter",
+        run.folder,
+        "--data",
+        data,
+        "--run-code=answer",
+        "--separator= ",
+        "--format=prompt_completion",
+        fails=True,
+    )
+    assert "--run-code: a row has no tests in column" in error

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxpeft.errors import ConfigError
+from jaxpeft.errors import ConfigError, DataError
 from tests.train.runs import WORDS, tiny_models
 
 __all__ = ["tiny_models"]
@@ -70,6 +70,58 @@ def test_texts_are_those_of_hf(models: tuple[Any, Any]) -> None:
         models[1].generate_until(requests(("word1", {"num_beams": 3})))
     with pytest.raises(ConfigError, match="max_gen_toks: 64 leaves no room"):
         models[1].generate_until(requests(("word1", {"max_gen_toks": 64})))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"until": None},
+        {"until": [""]},
+        {"until": ["", "word7"]},
+        {"until": ["word7"]},
+        {"num_beams": 1},
+    ],
+    ids=str,
+)
+def test_options_that_change_nothing_are_those_of_hf(
+    models: tuple[Any, Any], more: dict[str, Any]
+) -> None:
+    options = {"until": [], "max_gen_toks": 9, "do_sample": False} | more
+    for text in texts(3, 12):
+        until = options["until"]  # hf fails at null, and stops after a token at an empty text
+        for_hf = options | {"until": [one for one in until or [] if one]}
+        theirs = models[0].generate_until(requests((text, for_hf)))
+        assert models[1].generate_until(requests((text, options))) == theirs
+
+
+def test_max_length_is_ignored_with_a_warning(
+    models: tuple[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    options = {"until": [], "max_gen_toks": 5}
+    given = requests(("word1", options | {"max_length": 3}))
+    found = models[1].generate_until(given)
+    assert "max_length is ignored; set max_gen_toks instead" in caplog.text
+    assert found == models[1].generate_until(requests(("word1", options)))
+
+
+def test_stop_texts_that_are_none_are_refused(models: tuple[Any, Any]) -> None:
+    with pytest.raises(ConfigError, match="generation_kwargs: until must be texts, has 3"):
+        models[1].generate_until(requests(("word1", {"until": ["a", 3]})))
+
+
+@pytest.mark.parametrize("count", [0, 65])
+def test_continuations_that_hf_does_not_score_are_refused(
+    models: tuple[Any, Any], count: int
+) -> None:
+    request = (("word1", "x"), [5], [6] * count)
+    assert models[1].max_length == models[0].max_length == 64
+    with pytest.raises(DataError, match=f"continuation of {count} tokens, but 1 to 64"):
+        models[1]._loglikelihood_tokens([request])
+    with pytest.raises(AssertionError):
+        models[0]._loglikelihood_tokens([request])
+    longest = (("word1", "x"), [5], [6] * 64)
+    ours, theirs = (model._loglikelihood_tokens([longest])[0][0] for model in models)
+    assert ours == pytest.approx(theirs, abs=1e-3)
 
 
 def test_three_tasks_run_from_local_files(

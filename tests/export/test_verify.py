@@ -143,6 +143,18 @@ def test_a_classifier_has_nothing_to_compare(make):
         verify(VerifyRequest(made.folder), Server("http://localhost:1", "m", 1.0))
 
 
+def test_tokens_that_the_model_does_not_have_are_refused(tuned):
+    for token in (10**6, 10**250):
+        row = {"content": [{"top_logprobs": [{"id": token, "logprob": -1.0}]}]}
+        answer = (200, {"choices": [{"logprobs": row}]})
+        served = Served(lambda ids: np.zeros((1, 1)), answer=lambda *_, answer=answer: answer)
+        with (
+            serve(served) as url,
+            pytest.raises(ExportError, match=r"gives token 1000.* another model"),
+        ):
+            verify(VerifyRequest(tuned.folder), Server(url, "tuned", 30.0))
+
+
 # ---------------------------------------------------------------------------------------- the rule
 
 RNG = np.random.default_rng(0)
@@ -185,3 +197,13 @@ def test_the_nearer_one_is_served_where_the_margin_is_clear(apart, at, noise, wa
 def test_a_change_below_rounding_cannot_be_told(at):
     with pytest.raises(ExportError, match=r"changes the log-probabilities .* by 0.01 on average"):
         decided(0.01, at, 0.01)
+
+
+@pytest.mark.parametrize("which", ["the adapter", "the base"])
+def test_log_probabilities_of_our_own_that_are_none_are_an_error(which):
+    bad = np.array([-1.0, np.nan])
+    ours, plain = (bad, bad[:1].repeat(2)) if which == "the adapter" else (bad, bad)
+    with pytest.raises(
+        ExportError, match=f"{which} itself gives log-probabilities that are not fi"
+    ):
+        decide(np.array([-1.0, -1.0]), ours, plain, "test")
