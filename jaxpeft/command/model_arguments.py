@@ -9,8 +9,8 @@ from typing import Any
 
 from jaxpeft.choices import Dtype, QuantForm, Strategy, Task
 from jaxpeft.command.parser import Arguments
+from jaxpeft.config.data_config import DATA_FIELDS
 from jaxpeft.core.options import option
-from jaxpeft.data.rows.columns import FIELDS
 from jaxpeft.errors import ConfigError, DataError, nearest
 
 
@@ -37,27 +37,23 @@ class ModelArguments(Arguments):
         (), "columns of the rows as FIELD=COLUMN, such as label=category; by default the run's"
     )
 
-    def read_columns(self) -> dict[str, str]:
-        """Return the columns by field.
+    def column_problems(self) -> list[str]:
+        """List the problems of `--columns`."""
+        found: list[str] = []
+        for one in self.columns:
+            field, _, column = one.partition("=")
+            if not field or not column:
+                found.append(f"--columns: {one!r} must be FIELD=COLUMN, such as label=category")
+            elif field not in DATA_FIELDS:
+                found.append(
+                    f"--columns: {field!r} is not a field{nearest(field, DATA_FIELDS)} (known:"
+                    f" {', '.join(DATA_FIELDS)})"
+                )
+        return found
 
-        Raises:
-            ConfigError: One is not of the form FIELD=COLUMN, or the field is unknown.
-        """
-        pairs = [one.partition("=") for one in self.columns]
-        problems = [
-            f"--columns: {''.join(pair)!r} must be FIELD=COLUMN, such as label=category"
-            for pair in pairs
-            if not all(pair)
-        ]
-        problems += [
-            f"--columns: {field!r} is not a field{nearest(field, FIELDS)} (known:"
-            f" {', '.join(FIELDS)})"
-            for field, equals, column in pairs
-            if equals and column and field not in FIELDS
-        ]
-        if problems:
-            raise ConfigError(problems)
-        return {field: column for field, _, column in pairs}
+    def read_columns(self) -> dict[str, str]:
+        """Return the columns by field."""
+        return dict(one.split("=", 1) for one in self.columns)
 
     @property
     def load_options(self) -> dict[str, Any]:

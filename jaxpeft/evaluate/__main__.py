@@ -148,6 +148,7 @@ def _data_options(args: EvaluateArguments) -> dict[str, Any]:
     problems = [] if args.data else ["--data: is required; give a file of rows"]
     if args.adapter is None and args.model is None:
         problems.append("--adapter: is required without --model; see --help")
+    problems += args.column_problems()
     if problems:
         raise ConfigError(problems)
     columns = args.read_columns()

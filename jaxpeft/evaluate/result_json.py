@@ -126,7 +126,8 @@ def _paired(found: Assessment) -> dict[str, Any] | None:
     }
 
 
-def _adapter(folder: Path) -> dict[str, Any]:
+def _adapter(given: Path) -> dict[str, Any]:
+    folder = read_adapter(given).folder
     return {"path": str(folder.expanduser().resolve()), "sha256": folder_sha256(folder)}
 
 

@@ -108,7 +108,7 @@ def _problems(args: GenerateArguments) -> list[str]:
     modes = {"--prompt": args.prompt, "--prompts": args.prompts, "--chat": args.chat or None}
     modes |= {"--input": args.input}
     given = [flag for flag, value in modes.items() if value is not None]
-    found: list[str] = []
+    found = args.column_problems()
     if args.columns and args.prompts is None and args.input is None:
         found.append("--columns: has no effect without --prompts or --input; remove it")
     if args.output is not None and Path(args.output).suffix.lower() in (".csv", ".tsv"):

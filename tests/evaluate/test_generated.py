@@ -72,7 +72,7 @@ def test_rows_without_tests_are_refused_before_anything_is_generated(
     run = trained("answers")
     data = tmp_path / "rows.jsonl"
     data.write_text(json.dumps({"prompt": "word1", "completion": "word2"}) + "\n")
-    monkeypatch.setattr(generated, "generate_texts", lambda *_: pytest.fail("generates"))
+    monkeypatch.setattr(generated, "generate_answers", lambda *_: pytest.fail("generates"))
     error = evaluate(
         "--adapter",
         run.folder,
