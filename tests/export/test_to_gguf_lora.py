@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -161,14 +161,7 @@ def test_rows_go_to_pairs_and_back():
 
 def test_without_the_package_it_is_asked_for(make, tmp_path, monkeypatch):
     made = make(HELD["lora"], "llama", CAUSAL)
-    real = builtins.__import__
-
-    def absent(name, *args, **kw):
-        if name == "gguf":
-            raise ImportError(name)
-        return real(name, *args, **kw)
-
-    monkeypatch.setattr(builtins, "__import__", absent)
+    monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
     text = made.refused(tmp_path / "out", to="gguf-lora")
     assert text == (
         "--to gguf-lora: needs the package gguf; install it with pip install 'jaxpeft[gguf]'"
