@@ -21,6 +21,7 @@ from tests.conformance.conftest import Subject, every_method, every_subject, mov
 from tests.conformance.probing import in_one_batch, on_quantized, quantized
 from tests.conformance.rows import ROWS
 from tests.core.helpers import BATCH, QUICK, assert_bits, largest, load
+from tests.models.conftest import forward
 
 TOLERANCE = 1e-4
 BATCH_ROWS = (BATCH.ids, BATCH.mask)
@@ -265,8 +266,12 @@ def test_it_generates_what_passes_over_the_whole_text_choose(subject: Subject) -
         return
     prompts = [ids[mask.astype(bool)].tolist() for ids, mask in zip(*BATCH_ROWS, strict=True)]
     texts = jaxpeft.generate(subject.model, subject.moved, prompts, max_new_tokens=5, eos=())
-    for prompt, text in zip(prompts, texts, strict=True):
-        ids = jnp.asarray([[*prompt, *text]], jnp.int32)
-        logits = jaxpeft.apply(subject.model, subject.moved, ids)[0, len(prompt) - 1 : -1]
-        chosen = jnp.take_along_axis(logits, jnp.asarray(text)[:, None], axis=1)[:, 0]
-        assert float(jnp.max(jnp.max(logits, axis=1) - chosen)) < 1e-3
+    whole = [[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)]
+    ids = np.zeros((len(whole), max(map(len, whole))), np.int32)
+    mask = np.zeros_like(ids)
+    for row, text in enumerate(whole):
+        ids[row, : len(text)], mask[row, : len(text)] = text, 1
+    logits = np.asarray(forward(subject.model, subject.moved, ids, mask))
+    for row, text in enumerate(whole):
+        chosen = logits[row, np.arange(len(text) - 6, len(text) - 1)]
+        assert (chosen.max(1) - chosen[np.arange(5), text[-5:]]).max() < 1e-3

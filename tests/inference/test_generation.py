@@ -17,7 +17,7 @@ from jaxpeft.inference.generation import complete, ends_of
 from jaxpeft.inference.sampling import Sampling
 from tests.conformance.conftest import moved
 from tests.core.helpers import load
-from tests.models.conftest import PAD, VOCAB, Reference
+from tests.models.conftest import PAD, VOCAB, Reference, forward
 from tests.models.test_decoder_parity import CASES
 
 PROMPTS = [[7, 9, 11, 40, 12], [30], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52]]
@@ -203,7 +203,7 @@ def test_log_probabilities_are_those_of_a_pass_over_the_text() -> None:
     )
     for prompt, text in zip(PROMPTS, found, strict=True):
         ids = jnp.asarray([[*prompt, *text.tokens]], jnp.int32)
-        logits = jaxpeft.apply(model, params, ids)[0, len(prompt) - 1 : -1]
+        logits = forward(model, params, ids, jnp.ones_like(ids))[0, len(prompt) - 1 : -1]
         wanted = jax.nn.log_softmax(logits)[jnp.arange(MOST), jnp.asarray(text.tokens)]
         np.testing.assert_allclose(text.log_probs, wanted, atol=1e-4)
 
