@@ -101,7 +101,7 @@ def _prefill(
         params: its parameters, with adapters.
         ids: `[batch, length]`, padded on the right.
         sizes: see `State`.
-        keys: see `State`.
+        keys: uint32 `[batch, n]`, the data of the random keys.
         ends: see `State`.
         adapter: see `State`.
         numbers: see `State`.
@@ -136,12 +136,12 @@ def _prefill(
         ended=jnp.zeros(batch, bool),
         count=jnp.zeros((), jnp.int32),
         seen=seen,
-        keys=keys,
+        keys=jax.random.wrap_key_data(keys),
         adapter=adapter,
         ends=ends,
         numbers=numbers,
     )
-    return _extend(state, rule, logits)
+    return _readable(_extend(state, rule, logits))
 
 
 def _decode(
@@ -177,7 +177,15 @@ def _decode(
     def go_on(state: State) -> Array:
         return (state.count < until) & ~jnp.all(state.ended)
 
-    return jax.lax.while_loop(go_on, step, state)
+    return _readable(jax.lax.while_loop(go_on, step, state))
+
+
+def _readable(state: State) -> State:
+    """Put what the host reads on every device, so that each process has it."""
+    read = ("tokens", "log_probs", "ended", "count")
+    arrays = {name: getattr(state, name) for name in read}
+    every = {name: constrain(array, *[None] * array.ndim) for name, array in arrays.items()}
+    return dataclasses.replace(state, **every)
 
 
 def _logits(model: Pretrained, params: Params, hidden: Array, adapter: Array | None) -> Array:

@@ -7,12 +7,13 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxpeft.errors import ConfigError, DataError, show
 from jaxpeft.inference.decoding import NO_TOKEN, State, programs
@@ -20,6 +21,7 @@ from jaxpeft.inference.sampling import Sampling, number
 from jaxpeft.inputs import require_adapter, require_tree
 from jaxpeft.json_files import read_json
 from jaxpeft.models.base import Pretrained
+from jaxpeft.processes.arrays import replicate
 from jaxpeft.sharding.logical_axes import mesh_under
 from jaxpeft.sharding.sizes import row_shards
 
@@ -159,7 +161,7 @@ def complete(
         mesh,
         sampling,
         max_new_tokens,
-        jnp.asarray(sorted(ends_of(model, eos)) or [NO_TOKEN], jnp.int32),
+        np.asarray(sorted(ends_of(model, eos)) or [NO_TOKEN], np.int32),
         stops,
         stream,
     )
@@ -183,7 +185,7 @@ class _Run:
     mesh: Mesh | None
     sampling: Sampling
     most: int
-    ends: jax.Array
+    ends: np.ndarray[Any, Any]
     stops: Callable[[Sequence[int]], bool] | None
     stream: Callable[[int, Sequence[int]], None] | None
 
@@ -205,12 +207,14 @@ class _Run:
         numbers = np.resize(np.asarray(rows, np.int64) + first, count)
         if adapters is not None and adapters.ndim:
             adapters = np.resize(adapters[np.asarray(rows)], count)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(
-            jax.random.key(seed), jnp.asarray(numbers, jnp.uint32)
+        keys = jax.random.key_data(
+            jax.vmap(jax.random.fold_in, (None, 0))(
+                jax.random.key(seed), jnp.asarray(numbers, jnp.uint32)
+            )
         )
         prefill, decode = programs(self.mesh)
         model: Any = self.model.clone(options=self.options, source=None)
-        put = self._put
+        put = partial(replicate, self.mesh)
         adapter = None if adapters is None else put(adapters.astype(np.int32))
         rule, numbers = self.sampling.rule, jax.tree.map(put, self.sampling.numbers)
         room = padded_size(self.most, _CHECKED_EVERY)
@@ -234,15 +238,10 @@ class _Run:
                 return self._completions(state, texts)
             state = dataclasses.replace(state, ended=put(done))
             until = min(int(state.count) + step, self.most)
-            state = decode(model, rule, self.params, state, jnp.asarray(until, jnp.int32))
-
-    def _put(self, array: Any) -> jax.Array:
-        if self.mesh is None:
-            return jnp.asarray(array)
-        return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec()))
+            state = decode(model, rule, self.params, state, np.int32(until))
 
     def _completions(self, state: State, texts: Sequence[_Text]) -> list[Completion]:
-        log_probs, ends = np.asarray(state.log_probs), set(np.asarray(self.ends).tolist())
+        log_probs, ends = np.asarray(state.log_probs), set(self.ends.tolist())
         found: list[Completion] = []
         for i, text in enumerate(texts):
             tokens, own = text.tokens, log_probs[i, : len(text.tokens)]

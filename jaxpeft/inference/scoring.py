@@ -11,11 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxpeft.forward import run
 from jaxpeft.inference.generation import padded_size
 from jaxpeft.models.base import Pretrained
+from jaxpeft.processes.arrays import replicate
 from jaxpeft.sharding.logical_axes import constrain, mesh_under, on_mesh
 from jaxpeft.sharding.sizes import row_shards
 
@@ -50,9 +51,8 @@ def score(
     for start in range(0, len(order), batch_size):
         own = order[start : start + batch_size]
         ids, labels = _batch([rows[i] for i in own], 1 if mesh is None else row_shards(mesh.shape))
-        where = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-        put = jnp.asarray if where is None else lambda x, where=where: jax.device_put(x, where)
-        sums, greedy = _program(mesh)(model.clone(source=None), params, put(ids), put(labels))
+        arrays = replicate(mesh, ids), replicate(mesh, labels)
+        sums, greedy = _program(mesh)(model.clone(source=None), params, *arrays)
         pairs = zip(np.asarray(sums).tolist(), np.asarray(greedy).tolist(), strict=True)
         found_here = [*pairs][: len(own)]
         for i, result in zip(own, found_here, strict=True):

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -95,6 +96,18 @@ def put(tree: Any, where: Any) -> Any:
     return (
         jax.device_put(tree, where) if jax.process_count() == 1 else jax.tree.map(_put, tree, where)
     )
+
+
+def replicate(mesh: Mesh | None, array: Any) -> jax.Array:
+    """Put an array on every device of a mesh, or on the default device.
+
+    Args:
+        mesh: device mesh, or None.
+        array: a NumPy array, or one of this process's devices, equal in all processes.
+    """
+    if mesh is None:
+        return jnp.asarray(array)
+    return put(array, NamedSharding(mesh, PartitionSpec()))
 
 
 def _put(leaf: Any, where: NamedSharding) -> jax.Array:
