@@ -1,9 +1,10 @@
 """Attention with the fastest applicable kernel.
 
-Four kernels compute `softmax(q k^T / sqrt(d)) v`, with scores and softmax in float32. `xla`
-materializes all scores; `cudnn` (NVIDIA's, on GPUs) and `splash` (JAX's own, on TPUs) do not: Dao
-et al. 2022, "FlashAttention", section 3 (arXiv:2205.14135). Neither does `chunked`, which runs on
-all platforms and supports positions sharded over devices.
+Four kernels compute `softmax(q k^T / sqrt(d)) v`, or the same with another scale and with bounded
+scores (`Scoring`); scores and softmax are float32. `xla` materializes all scores; `cudnn`
+(NVIDIA's, on GPUs) and `splash` (JAX's own, on TPUs) do not: Dao et al. 2022, "FlashAttention",
+section 3 (arXiv:2205.14135). Neither does `chunked`, which runs on all platforms and supports
+positions sharded over devices.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from jax.sharding import PartitionSpec
 
 from jaxpeft.errors import ConfigError
 from jaxpeft.models import chunked_attention
+from jaxpeft.models.attention_scores import Scoring
 from jaxpeft.models.base import ModelOptions
 from jaxpeft.models.layers import dropout
 from jaxpeft.models.masks import Mask
@@ -58,6 +60,7 @@ def attend(
     mask: Mask,
     dropout_rate: float = 0.0,
     cached: tuple[Array, Array] | None = None,
+    scoring: Scoring = Scoring(),  # noqa: B008 - frozen
 ) -> Array:
     """Scaled dot-product attention; several query heads may share a key head (Ainslie et al. 2023).
 
@@ -71,25 +74,27 @@ def attend(
         dropout_rate: dropout rate of the attention weights.
         cached: keys and values `[batch, kv_heads, slots, d]` of a KV cache, before `k` and `v` in
             the mask's order; or None.
+        scoring: how scores become logits.
 
     Returns:
         `[batch, query, heads * d]`.
     """
     if cached is not None:
-        return _with_cache(q, k, v, mask, *cached).reshape(*q.shape[:2], -1)
+        return _with_cache(q, k, v, mask, *cached, scoring).reshape(*q.shape[:2], -1)
     rate = dropout_rate if module.has_rng("dropout") else 0.0
     spread = size_of(SEQUENCE) > 1
     if spread and kernel != "xla":
         kernel = "chunked"
-    if KERNELS[kernel].lacks(q.dtype, q.shape[-1], rate) or not KERNELS[kernel].takes(q, k, mask):
+    chosen = KERNELS[kernel]
+    if chosen.lacks(q.dtype, q.shape[-1], rate, scoring) or not chosen.takes(q, k, mask):
         kernel = "xla"
     drop = partial(dropout, module, dropout_rate)
     if kernel == "xla" and spread:
-        out = _xla_by_positions(q, k, v, mask, drop)
+        out = _xla_by_positions(q, k, v, mask, drop, scoring)
     elif kernel == "xla" or mesh_of() is None:
-        out = KERNELS[kernel].compute(q, k, v, mask, drop)
+        out = KERNELS[kernel].compute(q, k, v, mask, drop, scoring)
     else:
-        out = _on_each(KERNELS[kernel].compute, q, k, v, mask, drop)
+        out = _on_each(KERNELS[kernel].compute, q, k, v, mask, drop, scoring)
     return checkpoint_name(out.reshape(*q.shape[:2], -1), ATTENTION)
 
 
@@ -98,20 +103,27 @@ class AttentionKernel:
     """An implementation of attention.
 
     Attributes:
-        compute: `(q, k, v, mask, dropout of the weights) -> [batch, query, heads, d]`.
+        compute: `(q, k, v, mask, dropout of the weights, scoring) -> [batch, query, heads, d]`.
         platform: its platform; empty for all.
-        lacks: `(dtype of activations, head size, dropout rate) -> ` the reason why it does not
-            support a model; empty if it does.
+        lacks: `(dtype of activations, head size, dropout rate, scoring) -> ` the reason why it does
+            not support a model; empty if it does.
         takes: `(q, k, mask) -> ` whether it supports a call.
     """
 
-    compute: Callable[[Array, Array, Array, Mask, Callable[[Array], Array]], Array]
+    compute: Callable[[Array, Array, Array, Mask, Callable[[Array], Array], Scoring], Array]
     platform: str = ""
-    lacks: Callable[[Any, int, float], str] = lambda dtype, size, rate: ""
+    lacks: Callable[[Any, int, float, Scoring], str] = lambda dtype, size, rate, scoring: ""
     takes: Callable[[Array, Array, Mask], bool] = lambda q, k, mask: True
 
 
-def _xla(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]) -> Array:
+def _xla(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    drop: Callable[[Array], Array],
+    scoring: Scoring,
+) -> Array:
     batch, length, heads, d = q.shape
     seen = mask.to_array(length)
     # Heads before length: both products are then plain batched matmuls, a fifth faster on CPU than
@@ -119,8 +131,8 @@ def _xla(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array
     q, k, v = (jnp.swapaxes(array, 1, 2) for array in (q, k, v))
     kv_heads, keys = k.shape[1:3]
     q = q.reshape(batch, kv_heads, heads // kv_heads * length, d)
-    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) * (d**-0.5)
-    scores = scores.reshape(batch, heads, length, keys)
+    scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
+    scores = scoring.logits(scores, d).reshape(batch, heads, length, keys)
     if seen is not None:
         scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     weights = drop(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
@@ -129,7 +141,13 @@ def _xla(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array
 
 
 def _with_cache(
-    q: Array, k: Array, v: Array, mask: Mask, old_keys: Array, old_values: Array
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    old_keys: Array,
+    old_values: Array,
+    scoring: Scoring,
 ) -> Array:
     """Attend to the keys of a KV cache and of the call, without joining them in memory."""
     batch, length, heads, d = q.shape
@@ -142,7 +160,7 @@ def _with_cache(
     )
     # without the barrier, XLA computes the rotations of q and k again for each of the scores
     scores = jax.lax.optimization_barrier(scores)
-    joined = jnp.concatenate([old_scores, scores], axis=-1) * (d**-0.5)
+    joined = scoring.logits(jnp.concatenate([old_scores, scores], axis=-1), d)
     joined = joined.reshape(batch, heads, length, -1)
     seen = mask.to_array(length)
     if seen is not None:
@@ -155,7 +173,12 @@ def _with_cache(
 
 
 def _xla_by_positions(
-    q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    drop: Callable[[Array], Array],
+    scoring: Scoring,
 ) -> Array:
     """Attend with positions sharded over devices: local queries, and keys and values of all
     positions.
@@ -165,8 +188,8 @@ def _xla_by_positions(
     k, v = (constrain(array, BATCH, None, KV_HEADS, HEAD_DIM) for array in (k, v))
     # keep positions as a separate dimension: merged with heads, it could not be sharded
     q = q.reshape(batch, length, k.shape[2], -1, d)
-    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * (d**-0.5)
-    scores = scores.reshape(batch, heads, length, -1)
+    scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
+    scores = scoring.logits(scores, d).reshape(batch, heads, length, -1)
     if seen is not None:
         scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     scores = constrain(scores, BATCH, HEADS, LENGTH, None)
@@ -182,6 +205,7 @@ def _on_each(
     v: Array,
     mask: Mask,
     drop: Callable[[Array], Array],
+    scoring: Scoring,
 ) -> Array:
     """Attend with a kernel that XLA cannot partition: each device computes its own rows, heads and
     queries with all keys.
@@ -202,8 +226,10 @@ def _on_each(
 
     def here(q: Array, k: Array, v: Array, mask: Mask) -> Array:
         if not spread:
-            return compute(q, k, v, mask, drop)
-        return compute(q, k, v, mask, drop, first=jax.lax.axis_index(SEQUENCE) * q.shape[1])
+            return compute(q, k, v, mask, drop, scoring)
+        return compute(
+            q, k, v, mask, drop, scoring, first=jax.lax.axis_index(SEQUENCE) * q.shape[1]
+        )
 
     run = jax.shard_map(
         here, in_specs=(spec, each, each, jax.tree.map(rows, mask)), out_specs=spec, check_vma=False
@@ -211,23 +237,39 @@ def _on_each(
     return run(q, k, v, mask)
 
 
-def _cudnn(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]) -> Array:
+def _cudnn(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    drop: Callable[[Array], Array],
+    scoring: Scoring,
+) -> Array:
     del drop
     window = (mask.window - 1, 0) if mask.window else None
     dense = mask.row_mask()
     if dense is not None:
         dense = jnp.broadcast_to(dense, (*dense.shape[:2], q.shape[1], k.shape[1]))
     return jax.nn.dot_product_attention(
-        q, k, v, mask=dense, is_causal=mask.causal, local_window_size=window, implementation="cudnn"
+        q,
+        k,
+        v,
+        mask=dense,
+        scale=scoring.scale,
+        is_causal=mask.causal,
+        local_window_size=window,
+        implementation="cudnn",
     )
 
 
-def _cudnn_lacks(dtype: Any, size: int, rate: float) -> str:
+def _cudnn_lacks(dtype: Any, size: int, rate: float, scoring: Scoring) -> str:
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"activations are {jnp.dtype(dtype)}, not bfloat16"
     if size > 128 or size % 8:
         return f"the head size is {size}, not a multiple of 8 up to 128"
-    return _no_dropout(dtype, size, rate)
+    if scoring.cap is not None:
+        return f"attention scores are bounded by {scoring.cap:g}"
+    return _no_dropout(dtype, size, rate, scoring)
 
 
 _SPLASH_BLOCK = 512
@@ -239,6 +281,7 @@ def _splash(
     v: Array,
     mask: Mask,
     drop: Callable[[Array], Array],
+    scoring: Scoring,
     *,
     interpret: bool = False,
 ) -> Array:
@@ -261,6 +304,7 @@ def _splash(
     attention = splash.make_splash_mha_single_device(
         masks.MultiHeadMask([seen] * heads),
         block_sizes=splash.BlockSizes(**sizes),
+        attn_logits_soft_cap=scoring.cap,
         residual_checkpoint_name=ATTENTION,
         interpret=interpret,
     )
@@ -271,7 +315,7 @@ def _splash(
     segments = (
         None if ids is None else splash.SegmentIds(ids.astype(jnp.int32), ids.astype(jnp.int32))
     )
-    q = q * jnp.asarray(d**-0.5, q.dtype)
+    q = q * jnp.asarray(scoring.scale_of(d), q.dtype)
     q, k, v = (jnp.swapaxes(array, 1, 2) for array in (q, k, v))
     out: Any = jax.vmap(attention, in_axes=(0, 0, 0, None if segments is None else 0))(
         q, k, v, segments
@@ -279,17 +323,17 @@ def _splash(
     return jnp.swapaxes(out, 1, 2).astype(v.dtype)
 
 
-def _splash_lacks(dtype: Any, size: int, rate: float) -> str:
+def _splash_lacks(dtype: Any, size: int, rate: float, scoring: Scoring) -> str:
     if size % 64:
         return f"the head size is {size}, not a multiple of 64"
-    return _no_dropout(dtype, size, rate)
+    return _no_dropout(dtype, size, rate, scoring)
 
 
 def _splash_takes(q: Array, k: Array, mask: Mask) -> bool:
     return mask.dense is None and q.shape[1] == k.shape[1] and q.shape[1] % 128 == 0
 
 
-def _no_dropout(dtype: Any, size: int, rate: float) -> str:
+def _no_dropout(dtype: Any, size: int, rate: float, scoring: Scoring) -> str:
     return f"attention dropout is {rate}" if rate else ""
 
 
@@ -356,5 +400,8 @@ def lacks(options: ModelOptions, config: Any) -> str:
     """
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return KERNELS[options.attention].lacks(
-        options.dtype, size, getattr(config, "attention_dropout", 0.0)
+        options.dtype,
+        size,
+        getattr(config, "attention_dropout", 0.0),
+        getattr(config, "scoring", Scoring()),
     )

@@ -4,7 +4,8 @@ With the scores `s = q k^T / sqrt(d)` of one block at a time, a running maximum 
 `exp(s - m)` give the softmax over all keys (Milakov and Gimelshein 2018, "Online normalizer
 calculation for softmax", section 3, arXiv:1805.02867). The backward pass computes the weights
 `p = exp(s - m) / l` of a block, and otherwise needs only `D = sum(dy * y)`: `ds = p * (dy v^T - D)`
-(Dao et al. 2022, "FlashAttention", appendix B.2, arXiv:2205.14135). The memory is that of one
+(Dao et al. 2022, "FlashAttention", appendix B.2, arXiv:2205.14135), times `1 - (s / cap)^2` for
+bounded scores. The memory is that of one
 block: Rabe and Staats 2021 (arXiv:2112.05682).
 
 The queries may be a part of the row that starts at the position `first`, while the keys are the
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxpeft.models.attention_scores import Scoring
 from jaxpeft.models.masks import Mask
 from jaxpeft.remat import ATTENTION
 
@@ -48,6 +50,7 @@ def compute(
     v: Array,
     mask: Mask,
     drop: Any = None,
+    scoring: Scoring = Scoring(),  # noqa: B008 - frozen
     *,
     first: Any = 0,
     block: int | None = None,
@@ -60,6 +63,7 @@ def compute(
         v: `[batch, key, kv_heads, d]`.
         mask: a mask without a dense part.
         drop: unused, since dropout is not supported.
+        scoring: how scores become logits.
         first: position of the first query, an int32 scalar.
         block: keys per block; None for `block_of`.
 
@@ -73,21 +77,35 @@ def compute(
     # heads before positions, grouped by key head, so that both products are plain batched matmuls
     q, k, v = (jnp.swapaxes(array, 1, 2) for array in (q, k, v))
     q = q.reshape(batch, kv_heads, heads // kv_heads * length, d)
-    out: Any = _attend(size, length, q, k, v, mask, jnp.asarray(first, jnp.int32))
+    out: Any = _attend(size, length, scoring, q, k, v, mask, jnp.asarray(first, jnp.int32))
     return jnp.swapaxes(out.reshape(batch, heads, length, d), 1, 2)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attend(
-    size: int, length: int, q: Array, k: Array, v: Array, mask: Mask, first: Array
+    size: int,
+    length: int,
+    scoring: Scoring,
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    first: Array,
 ) -> Array:
-    return _forward(size, length, q, k, v, mask, first)[0]
+    return _forward(size, length, scoring, q, k, v, mask, first)[0]
 
 
 def _forward(
-    size: int, length: int, q: Array, k: Array, v: Array, mask: Mask, first: Array
+    size: int,
+    length: int,
+    scoring: Scoring,
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    first: Array,
 ) -> tuple[Array, Any]:
-    blocks = _Blocks(size, length, q, k, v, mask, first)
+    blocks = _Blocks(size, length, scoring, q, k, v, mask, first)
 
     def step(
         carry: tuple[Array, Array, Array], start: Array
@@ -117,10 +135,11 @@ def _forward(
 
 
 def _backward(
-    size: int, length: int, kept: Any, dy: Array
+    size: int, length: int, scoring: Scoring, kept: Any, dy: Array
 ) -> tuple[Array, Array, Array, None, None]:
     q, k, v, mask, first, out, m, total = kept
-    blocks = _Blocks(size, length, q, k, v, mask, first)
+    blocks = _Blocks(size, length, scoring, q, k, v, mask, first)
+    scale = scoring.scale_of(q.shape[-1])
     own = jnp.einsum("bhtd,bhtd->bht", dy, out, preferred_element_type=jnp.float32)
     part = *k.shape[:2], size, k.shape[-1]
 
@@ -132,9 +151,8 @@ def _backward(
             change = jnp.einsum(
                 "bhtd,bhsd->bhts", dy, blocks.values(start), preferred_element_type=jnp.float32
             )
-            change = blocks.where(
-                allowed, weights * (change - own[..., None]) * blocks.scale, 0.0
-            ).astype(q.dtype)
+            change = weights * (change - own[..., None]) * scale * scoring.slope(scores)
+            change = blocks.where(allowed, change, 0.0).astype(q.dtype)
             dq = dq + jnp.einsum(
                 "bhts,bhsd->bhtd", change, blocks.keys(start), preferred_element_type=jnp.float32
             )
@@ -162,13 +180,21 @@ class _Blocks:
     """
 
     def __init__(
-        self, size: int, length: int, q: Array, k: Array, v: Array, mask: Mask, first: Array
+        self,
+        size: int,
+        length: int,
+        scoring: Scoring,
+        q: Array,
+        k: Array,
+        v: Array,
+        mask: Mask,
+        first: Array,
     ) -> None:
         # otherwise JAX hoists the masks of all blocks, as large as all scores, out of a scan over
         # layers
         q, first, mask = jax.lax.optimization_barrier((q, first, mask))
         self.size, self.length, self.first, self.mask, self.q = size, length, first, mask, q
-        self.all, self.scale = k.shape[2], q.shape[-1] ** -0.5
+        self.all, self.scoring = k.shape[2], scoring
         more = -self.all % size
         self.k, self.v = (jnp.pad(array, ((0, 0), (0, 0), (0, more), (0, 0))) for array in (k, v))
         self.text, self.segments = (
@@ -204,13 +230,11 @@ class _Blocks:
         )
 
     def scores(self, start: Array) -> tuple[Array, Array | None]:
-        """Return the scores of a block and their mask `[batch or 1, 1, query, key]`, or None."""
-        scores = (
-            jnp.einsum(
-                "bhtd,bhsd->bhts", self.q, self.keys(start), preferred_element_type=jnp.float32
-            )
-            * self.scale
+        """Return the logits of a block and their mask `[batch or 1, 1, query, key]`, or None."""
+        scores = jnp.einsum(
+            "bhtd,bhsd->bhts", self.q, self.keys(start), preferred_element_type=jnp.float32
         )
+        scores = self.scoring.logits(scores, self.q.shape[-1])
         allowed = self._allowed_pairs(start)
         scores = self.where(allowed, scores, _LOWEST)
         if self.all % self.size:  # exclude the padding of the last block from averages, too

@@ -22,18 +22,22 @@ Array = jax.Array
 class RMSNorm(nn.Module):
     """`scale * x / sqrt(mean(x^2) + eps)` over the last axis, computed in float32 (Zhang and
     Sennrich 2019, equation 4).
+
+    With an offset, the leaf is `scale - offset`: Gemma stores the difference to 1.
     """
 
     eps: float
     dtype: Any
+    offset: float = 0.0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalize `[..., d]`; the result has the dtype of the activations."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        init = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", init, (x.shape[-1],), jnp.float32).astype(jnp.float32)
         x = x.astype(jnp.float32)
         normal = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.eps)
-        return (normal * scale.astype(jnp.float32)).astype(self.dtype)
+        return (normal * (scale + self.offset if self.offset else scale)).astype(self.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -89,6 +93,11 @@ def _random_uint16(key: Array, shape: tuple[int, ...]) -> Array:
     words = jax.random.bits(key, (*shape[:-1], -(-shape[-1] // 2)), jnp.uint32)
     halves = jax.lax.bitcast_convert_type(words, jnp.uint16)
     return halves.reshape(*shape[:-1], -1)[..., : shape[-1]]
+
+
+def scaled(x: Array, factor: Array | float) -> Array:
+    """Return `factor * x`, computed in float32, in the dtype of `x`."""
+    return (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def mark_product(x: Array) -> Array:

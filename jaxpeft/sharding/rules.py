@@ -90,7 +90,7 @@ class Rules:
 _BOTH = (TENSOR, FSDP)
 _COLUMNS = (
     # decoders, DistilBERT
-    r"(.*/)?(q_proj|k_proj|v_proj|gate_proj|up_proj|q_lin|k_lin|v_lin|lin1)",
+    r"(.*/)?(q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|q_lin|k_lin|v_lin|lin1)",
     r"(.*/)?(attention/self/(query|key|value)|intermediate/dense)",  # BERT, RoBERTa
 )
 _ROWS = (r"(.*/)?(o_proj|down_proj|out_lin|lin2)", r"(.*/)?output/dense")

@@ -32,6 +32,22 @@ _DECODER: Mapping[str, Any] = {
     "bos_token_id": 2,
     "eos_token_id": 3,
 }
+_GEMMA: Mapping[str, Any] = {
+    **_DECODER,
+    "head_dim": 16,
+    "num_hidden_layers": 3,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 4,
+}
+_YARN: Mapping[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+    "llama_4_scaling_beta": 0.3,
+}
 _BERT: Mapping[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -55,6 +71,16 @@ _TINY: Mapping[str, Mapping[str, Any]] = {
     "mistral": _DECODER,
     "qwen2": _DECODER,
     "qwen3": {**_DECODER, "head_dim": 16},
+    "gemma": {**_DECODER, "head_dim": 16},
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "phi3": _DECODER,
+    "ministral3": {**_DECODER, "head_dim": 16, "rope_parameters": _YARN},
+    "glm4": {**_DECODER, "head_dim": 16},
+    "granite": _DECODER,
+    "olmo2": _DECODER,
+    "olmo3": {**_DECODER, "num_hidden_layers": 4, "sliding_window": 4},
+    "smollm3": {**_DECODER, "num_hidden_layers": 4},
     "bert": _BERT,
     "roberta": _BERT,
     "distilbert": _DISTILBERT,
@@ -169,7 +195,9 @@ def _make(
             # left out.
             middle = (
                 1.0
-                if (leaf.ndim == 1 and name.endswith("norm.weight")) or "LayerNorm.weight" in name
+                if leaf.ndim == 1
+                and (name.endswith("norm.weight") or "LayerNorm.weight" in name)
+                and not model_type.startswith("gemma")  # which stores the difference to one
                 else 0.0
             )
             leaf.copy_(middle + (0.2 if leaf.ndim > 1 else 0.1) * torch.randn_like(leaf))

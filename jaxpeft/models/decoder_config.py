@@ -1,0 +1,356 @@
+"""The architecture of a decoder as a composition of parts, and the reading of `config.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxpeft.errors import show
+from jaxpeft.models import rope
+from jaxpeft.models.activations import ACTIVATIONS
+from jaxpeft.models.attention_scores import Scoring
+from jaxpeft.models.base import MOST_HEADS, MOST_LAYERS, ConfigReader
+from jaxpeft.models.rope import Rope, RopeSwitches
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@dataclass(frozen=True)
+class NormNames:
+    """The norms of a layer, by the names of their modules; empty for none.
+
+    With all four, `h = x + n2(attention(n1(x)))` and `y = h + n4(mlp(n3(h)))`.
+
+    Attributes:
+        before_attention: n1.
+        after_attention: n2.
+        before_mlp: n3.
+        after_mlp: n4.
+    """
+
+    before_attention: str = "input_layernorm"
+    after_attention: str = ""
+    before_mlp: str = "post_attention_layernorm"
+    after_mlp: str = ""
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What may differ between layers of equal parameters.
+
+    Attributes:
+        window: window size of the attention, including the query itself; 0 for no limit.
+        rope: index of the rotation in `DecoderConfig.ropes`.
+    """
+
+    window: int = 0
+    rope: int = 0
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder's architecture; names without a description are those of `config.json`.
+
+    Attributes:
+        classifier_bias: whether the token classification head has a bias.
+        rope: rotation of queries and keys.
+        qkv_bias: whether the projections to queries, keys and values have biases.
+        output_bias: whether the projection after attention has a bias.
+        qk_norm: whether queries and keys are normalized.
+        windows: window size of each layer, including the query itself; 0 for no limit. None if all
+            are 0.
+        norms: the norms of a layer.
+        norm_offset: offset of the norms' scales, see `RMSNorm`.
+        fused_qkv: whether one module `qkv_proj` computes queries, keys and values.
+        fused_gate_up: whether one module `gate_up_proj` computes both parts of the feed-forward.
+        wide_qk_norm: whether the norms of queries and keys are over all heads together.
+        attention_scale: see `Scoring`.
+        attention_cap: see `Scoring`.
+        logits_cap: bounds the logits of a language model: `cap tanh(z / cap)`; None for no bound.
+        logits_scale: multiplies these logits.
+        embedding_scale: multiplies the word embeddings, rounded to the activations' dtype.
+        input_scale: multiplies the first layer's input, with that of virtual tokens.
+        residual_scale: multiplies the outputs of attention and feed-forward.
+        residual_dropout: dropout rate of these outputs.
+        query_growth: beta and b of queries that grow with their position p: they are multiplied by
+            `1 + beta ln(1 + floor(p / b))`. None if they do not.
+        other_ropes: rotations of further layers.
+        layer_ropes: index of each layer's rotation in `ropes`; None if all are 0.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_act: str
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    attention_dropout: float
+    classifier_dropout: float
+    classifier_bias: bool
+    rope: Rope
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int, ...] | None
+    pad_token_id: int | None
+    norms: NormNames = NormNames()
+    norm_offset: float = 0.0
+    fused_qkv: bool = False
+    fused_gate_up: bool = False
+    wide_qk_norm: bool = False
+    attention_scale: float | None = None
+    attention_cap: float | None = None
+    logits_cap: float | None = None
+    logits_scale: float = 1.0
+    embedding_scale: float = 1.0
+    input_scale: float = 1.0
+    residual_scale: float = 1.0
+    residual_dropout: float = 0.0
+    query_growth: tuple[float, float] | None = None
+    other_ropes: tuple[Rope, ...] = ()
+    layer_ropes: tuple[int, ...] | None = None
+
+    @property
+    def own_pooling(self) -> str:
+        """The pooling of the sequence classifier in `transformers`."""
+        return "last"
+
+    @property
+    def scoring(self) -> Scoring:
+        """How attention scores become logits."""
+        return Scoring(self.attention_scale, self.attention_cap)
+
+    @property
+    def ropes(self) -> tuple[Rope, ...]:
+        """All rotations."""
+        return (self.rope, *self.other_ropes)
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer."""
+        none = (0,) * self.num_hidden_layers
+        pairs = zip(self.windows or none, self.layer_ropes or none, strict=True)
+        return tuple(LayerKind(*pair) for pair in pairs)
+
+
+Part = Any | Callable[[ConfigReader], Any]
+LayerTypes = Callable[[ConfigReader, int], Sequence[str]]
+
+
+def no_windows(reader: ConfigReader, layers: int) -> Sequence[str]:
+    """Every layer attends to all earlier positions, whatever `layer_types` says."""
+    del reader
+    return [FULL] * layers
+
+
+def full_every(number: int, name: str | None = None) -> LayerTypes:
+    """Every n-th layer has no window, unless `layer_types` says otherwise.
+
+    Args:
+        number: n.
+        name: field of the `config.json` that overrides n.
+    """
+
+    def types(reader: ConfigReader, layers: int) -> Sequence[str]:
+        every = number if name is None or reader.get(name) is None else reader.integer(name)
+        usual = [FULL if (i + 1) % every == 0 else SLIDING for i in range(layers)]
+        return named_types(reader, layers, usual)
+
+    return types
+
+
+def all_sliding(reader: ConfigReader, layers: int) -> Sequence[str]:
+    """Every layer has a window, unless `layer_types` says otherwise."""
+    return named_types(reader, layers, [SLIDING] * layers)
+
+
+def upper_sliding(reader: ConfigReader, layers: int) -> Sequence[str]:
+    """Layers from `max_window_layers` on have a window, if `use_sliding_window` is on."""
+    if not reader.flag("use_sliding_window"):
+        return named_types(reader, layers, [FULL] * layers, windows=False)
+    upper = reader.integer("max_window_layers", least=0)
+    return named_types(reader, layers, [FULL if i < upper else SLIDING for i in range(layers)])
+
+
+def named_types(
+    reader: ConfigReader, layers: int, usual: Sequence[str], *, windows: bool = True
+) -> Sequence[str]:
+    """Return `layer_types`, or the usual ones if the field is missing.
+
+    Args:
+        reader: reader of the `config.json`.
+        layers: number of layers.
+        usual: the kinds of a config without the field.
+        windows: whether a window is set.
+    """
+    named = reader.get("layer_types")
+    if named is None:
+        return usual
+    kinds = (FULL, SLIDING)
+    if not isinstance(named, list) or len(named) != layers or any(n not in kinds for n in named):
+        reader.problems.append(
+            f"layer_types: {show(named)} is not supported (supported: {' or '.join(kinds)},"
+            f" {layers} times)"
+        )
+        return usual
+    if SLIDING in named and not (windows and reader.get("sliding_window")):
+        reader.problems.append(
+            f"layer_types: {SLIDING} needs use_sliding_window true and sliding_window a number"
+        )
+    return named
+
+
+@dataclass(frozen=True)
+class DecoderFamily:
+    """One architecture: what distinguishes its config and its parts from Llama's.
+
+    Attributes:
+        model_type: its `model_type`.
+        defaults: defaults of its `config.json`.
+        layer_types: returns the kind of each layer.
+        ropes: spelling of the rotation of each kind of layer; all layers have the first, unless
+            there are several.
+        parts: fields of `DecoderConfig`: constants, or functions of the reader.
+        refused: switches that must be off, with the reason.
+    """
+
+    model_type: str
+    defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    layer_types: LayerTypes = no_windows
+    ropes: tuple[RopeSwitches, ...] = (RopeSwitches(),)
+    parts: Mapping[str, Part] = field(default_factory=dict[str, Part])
+    refused: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+_DEFAULTS: Mapping[str, Any] = {
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "token_classification_bias": True,
+    "rope_theta": 10000.0,
+    "max_window_layers": 28,
+}
+
+
+def flag(name: str) -> Callable[[ConfigReader], bool]:
+    """Return the part that a switch of `config.json` turns on."""
+    return lambda reader: reader.flag(name)
+
+
+def maybe_number(name: str) -> Callable[[ConfigReader], float | None]:
+    """Return the part that is a positive number of `config.json`, or null."""
+
+    def read(reader: ConfigReader) -> float | None:
+        value = reader.get(name)
+        return None if value is None else reader.positive(name, value)
+
+    return read
+
+
+def read_config(
+    family: DecoderFamily,
+    config: Mapping[str, Any],
+    problems: Sequence[str] = (),
+    where: str = "config.json",
+) -> DecoderConfig:
+    """Read a decoder's `config.json`.
+
+    Args:
+        family: its architecture.
+        config: its content.
+        problems: known problems, which are raised with the rest.
+        where: path of the file, for messages.
+
+    Raises:
+        ConfigError: Switches are missing or not supported; it lists all of them.
+    """
+    reader = ConfigReader(config, {**_DEFAULTS, **family.defaults}, problems, where)
+    reader.check_quantization()
+    layers = reader.integer("num_hidden_layers", most=MOST_LAYERS)
+    heads, kv_heads, head_dim = _heads(reader)
+    fields: dict[str, Any] = {
+        "vocab_size": reader.integer("vocab_size"),
+        "hidden_size": reader.integer("hidden_size"),
+        "intermediate_size": reader.integer("intermediate_size"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": reader.integer("max_position_embeddings"),
+        "rms_norm_eps": reader.number("rms_norm_eps"),
+        "tie_word_embeddings": reader.flag("tie_word_embeddings"),
+        "attention_dropout": reader.rate("attention_dropout"),
+        "classifier_dropout": reader.rate("classifier_dropout", reader.rate("hidden_dropout", 0.1)),
+        "classifier_bias": reader.flag("token_classification_bias"),
+        "pad_token_id": (
+            None if reader.get("pad_token_id") is None else reader.integer("pad_token_id", least=0)
+        ),
+        **_layers(family, reader, layers, head_dim),
+    }
+    parts = {**_LLAMA_PARTS, **family.parts}
+    fields |= {name: part(reader) if callable(part) else part for name, part in parts.items()}
+    for name, why in family.refused.items():
+        reader.refuse(name, why)
+    reader.finish()
+    return DecoderConfig(**fields)
+
+
+_LLAMA_PARTS: Mapping[str, Part] = {
+    "hidden_act": lambda reader: reader.one_of("hidden_act", ACTIVATIONS),
+    "qkv_bias": False,
+    "output_bias": False,
+    "mlp_bias": False,
+    "qk_norm": False,
+}
+
+
+def _heads(reader: ConfigReader) -> tuple[int, int, int]:
+    """Return the numbers of query and key heads, and the head size."""
+    hidden = reader.get("hidden_size")
+    heads = reader.integer("num_attention_heads", most=MOST_HEADS)
+    grouped = reader.get("num_key_value_heads") is not None
+    kv_heads = reader.integer("num_key_value_heads", most=MOST_HEADS) if grouped else heads
+    if heads == reader.get("num_attention_heads") and heads % kv_heads:
+        reader.problems.append(
+            f"num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}"
+        )
+    if reader.get("head_dim") is not None:
+        size = reader.integer("head_dim", most=MOST_HEADS)
+    else:
+        size = max(1, hidden // heads) if isinstance(hidden, int) else 2
+        if isinstance(hidden, int) and hidden % heads:
+            reader.problems.append(
+                f"num_attention_heads: {heads} does not divide hidden_size {hidden}"
+            )
+    if size % 2:
+        reader.problems.append(f"head_dim: must be even for rotary embeddings, is {size}")
+    return heads, kv_heads, size
+
+
+def _layers(
+    family: DecoderFamily, reader: ConfigReader, layers: int, head_dim: int
+) -> dict[str, Any]:
+    """Return the windows and rotations of the layers."""
+    types = family.layer_types(reader, layers)
+    window = (
+        reader.integer("sliding_window")
+        if SLIDING in types and reader.get("sliding_window") is not None
+        else 0
+    )
+    windows = tuple(window if kind == SLIDING else 0 for kind in types) if window else None
+    ropes = [rope.read(reader, head_dim, switches) for switches in family.ropes]
+    if len(ropes) == 1:
+        return {"windows": windows, "rope": ropes[0]}
+    order = [switches.layers for switches in family.ropes]
+    return {
+        "windows": windows,
+        "rope": ropes[0],
+        "other_ropes": tuple(ropes[1:]),
+        "layer_ropes": tuple(order.index(kind) for kind in types),
+    }

@@ -1,0 +1,118 @@
+"""The families besides Llama, Mistral and Qwen give the numbers of transformers, switch by switch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.5, 2.0, 2.5],
+    "long_factor": [1.5, 4.0, 8.0, 16.0],
+}
+ALTERNATING = ["full_attention", "sliding_attention", "full_attention"]
+LOCAL_AND_GLOBAL = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+}
+
+CASES: list[tuple[str, str, dict[str, Any]]] = [
+    ("llama", "yarn", {"rope_parameters": YARN}),
+    ("llama", "yarn-amplitude", {"rope_parameters": {**YARN, "attention_factor": 1.3}}),
+    (
+        "llama",
+        "yarn-blend",
+        {"rope_parameters": {**YARN, "beta_fast": 4.0, "beta_slow": 0.5, "truncate": False}},
+    ),
+    ("llama", "yarn-mscale", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5}}),
+    ("gemma", "plain", {}),
+    ("gemma", "untied", {"tie_word_embeddings": False}),
+    ("gemma2", "plain", {}),
+    ("gemma2", "no-caps", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    ("gemma2", "small-caps", {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.5}),
+    ("gemma2", "layer-types", {"layer_types": ALTERNATING}),
+    ("gemma2", "attention-bias", {"attention_bias": True}),
+    ("gemma2", "activation", {"hidden_activation": "silu"}),
+    ("gemma3_text", "plain", {"num_hidden_layers": 7}),
+    ("gemma3_text", "layer-types", {"layer_types": ALTERNATING}),
+    ("gemma3_text", "two-bases", {"rope_parameters": LOCAL_AND_GLOBAL, "layer_types": ALTERNATING}),
+    ("gemma3_text", "logits-cap", {"final_logit_softcapping": 1.5}),
+    ("phi3", "plain", {}),
+    ("phi3", "window", {"sliding_window": 4}),
+    (
+        "phi3",
+        "partial",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+            }
+        },
+    ),
+    ("phi3", "longrope-long", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 8}),
+    (
+        "phi3",
+        "longrope-short",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32},
+    ),
+    ("ministral3", "plain", {}),
+    ("ministral3", "window", {"sliding_window": 4}),
+    ("glm4", "plain", {}),
+    ("glm4", "no-bias", {"attention_bias": False}),
+    (
+        "glm4",
+        "half",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.25,
+            }
+        },
+    ),
+    ("granite", "plain", {}),
+    (
+        "granite",
+        "multipliers",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.5,
+        },
+    ),
+    ("granite", "biases", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    ("olmo2", "plain", {}),
+    ("olmo2", "bias", {"attention_bias": True}),
+    ("olmo3", "plain", {}),
+    (
+        "olmo3",
+        "yarn",
+        {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 5e5},
+                "full_attention": {**YARN, "rope_theta": 5e5},
+            }
+        },
+    ),
+    ("smollm3", "plain", {}),
+    ("smollm3", "named", {"no_rope_layers": [1, 0, 0, 1]}),
+    ("smollm3", "window", {"use_sliding_window": True, "sliding_window": 4}),
+    ("smollm3", "biases", {"attention_bias": True, "mlp_bias": True}),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "switches"), [pytest.param(k, s, id=f"{k}-{n}") for k, n, s in CASES]
+)
+def test_a_causal_language_model_with_a_switch(parity, kind, switches):
+    parity(kind, "causal_lm", **switches)
