@@ -34,9 +34,43 @@ def architecture(source: Source) -> dict[str, Any]:
     Raises:
         ConfigError: The architecture is not supported.
     """
+    return _plain(_architecture(source))
+
+
+def _architecture(source: Source) -> Any:
     file = source.folder / "config.json"
-    parsed = models.build(read_json(file), ModelOptions("encoder", None, None), str(file)).config
-    return json.loads(json.dumps(dataclasses.asdict(parsed)))
+    return models.build(read_json(file), ModelOptions("encoder", None, None), str(file)).config
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(value)))
+
+
+def _field_defaults(value: Any) -> dict[str, Any]:
+    """Return the defaults of a dataclass's fields as plain values, those of its parts inside."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        own = getattr(value, field.name)
+        if dataclasses.is_dataclass(own) and field.default is dataclasses.MISSING:
+            found[field.name] = _field_defaults(own)
+        elif field.default is not dataclasses.MISSING:
+            found[field.name] = field.default
+    plain = {
+        name: dataclasses.asdict(default)
+        if dataclasses.is_dataclass(default) and not isinstance(default, type)
+        else default
+        for name, default in found.items()
+    }
+    return json.loads(json.dumps(plain))
+
+
+def _filled(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values completed by defaults, those of parts inside."""
+    return {**usual, **values} | {
+        name: {**usual[name], **part}
+        for name, part in values.items()
+        if isinstance(part, Mapping) and isinstance(usual.get(name), Mapping)
+    }
 
 
 def fingerprint(
@@ -115,7 +149,11 @@ def differences(
         if recorded == own
         else [f"the weights differ (base_sha256 {recorded[:12]}..., here {own[:12]}...)"]
     )
-    before, now = (_computing_fields(each, task) for each in (config, architecture(source)))
+    current, usual = _architecture(source), _field_defaults(_architecture(source))
+    # an earlier version did not record fields that have a default now
+    before, now = (
+        _computing_fields(each, task) for each in (_filled(config, usual), _plain(current))
+    )
     return found + [
         f"{name} was {show(before.get(name))}, config.json has {show(now.get(name))}"
         for name in sorted(before.keys() | now.keys())

@@ -87,6 +87,7 @@ class IA3(Targeted):
         "v",
         "c_attn",
         "query_key_value",
+        "qkv_proj",
         *_FEEDFORWARD,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,10 +34,11 @@ def build(
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        # no suggestion: with another model_type the weights would be misinterpreted
-        known = ", ".join(FAMILIES)
+        # the nearest is no suggestion to edit the file: its weights would be misinterpreted
+        near = difflib.get_close_matches(kind, FAMILIES, 1, 0.5) if isinstance(kind, str) else []
+        nearest = f", the nearest of which is {near[0]}" if near else ""
         raise ConfigError(
-            f"{where}: model_type {show(kind)} is not supported (supported: {known}); use a model"
-            " of one of these"
+            f"{where}: model_type {show(kind)} is not supported (supported:"
+            f" {', '.join(FAMILIES)}); use a model of one of these{nearest}"
         )
     return FAMILIES[kind].build(config, options, where)

@@ -122,7 +122,7 @@ def _xla(
     v: Array,
     mask: Mask,
     drop: Callable[[Array], Array],
-    scoring: Scoring,
+    scoring: Scoring = Scoring(),  # noqa: B008 - frozen
 ) -> Array:
     batch, length, heads, d = q.shape
     seen = mask.to_array(length)
@@ -178,7 +178,7 @@ def _xla_by_positions(
     v: Array,
     mask: Mask,
     drop: Callable[[Array], Array],
-    scoring: Scoring,
+    scoring: Scoring = Scoring(),  # noqa: B008 - frozen
 ) -> Array:
     """Attend with positions sharded over devices: local queries, and keys and values of all
     positions.
@@ -205,7 +205,7 @@ def _on_each(
     v: Array,
     mask: Mask,
     drop: Callable[[Array], Array],
-    scoring: Scoring,
+    scoring: Scoring = Scoring(),  # noqa: B008 - frozen
 ) -> Array:
     """Attend with a kernel that XLA cannot partition: each device computes its own rows, heads and
     queries with all keys.
@@ -243,7 +243,7 @@ def _cudnn(
     v: Array,
     mask: Mask,
     drop: Callable[[Array], Array],
-    scoring: Scoring,
+    scoring: Scoring = Scoring(),  # noqa: B008 - frozen
 ) -> Array:
     del drop
     window = (mask.window - 1, 0) if mask.window else None
@@ -281,7 +281,7 @@ def _splash(
     v: Array,
     mask: Mask,
     drop: Callable[[Array], Array],
-    scoring: Scoring,
+    scoring: Scoring = Scoring(),  # noqa: B008 - frozen
     *,
     interpret: bool = False,
 ) -> Array:

@@ -81,7 +81,7 @@ class DecoderBackbone(Pretrained):
             masks, places = _masks(c, options, virtual, rows, segment_ids, length)
         else:
             mask, places = virtual.mask_with_cache(cache, where, attention_mask)
-            masks = {None: mask}
+            masks = dict[int | None, Mask]([(None, mask)])
         sow_positions(self, virtual.key_positions(rotated, attention_mask))
         x = virtual.prepend(self._embed(input_ids))
         x = x if c.input_scale == 1 else scaled(x, c.input_scale)
@@ -148,12 +148,10 @@ def _masks(
     if windows != [0] and (virtual.count or (options.scan_layers and len(windows) > 1)):
         mask = virtual.mask(rows, length).prepare(options.attention, length)
         return {None: mask}, virtual.places(segment_ids, length)
-    masks = {
-        window: virtual.mask(dataclasses.replace(rows, window=window), length).prepare(
-            options.attention, length
-        )
-        for window in windows
-    }
+    masks: dict[int | None, Mask] = {}
+    for window in windows:
+        mask = virtual.mask(dataclasses.replace(rows, window=window), length)
+        masks[window] = mask.prepare(options.attention, length)
     return masks, None
 
 

@@ -135,8 +135,9 @@ class DecoderConfig:
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer."""
-        none = (0,) * self.num_hidden_layers
-        pairs = zip(self.windows or none, self.layer_ropes or none, strict=True)
+        count = self.num_hidden_layers
+        none = (0,) * count
+        pairs = zip((self.windows or none)[:count], (self.layer_ropes or none)[:count], strict=True)
         return tuple(LayerKind(*pair) for pair in pairs)
 
 

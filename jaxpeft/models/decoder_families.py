@@ -38,7 +38,7 @@ from jaxpeft.models.decoder_config import (
 )
 from jaxpeft.models.rope import NO_ROPE, RopeSwitches
 
-_BY_LAYERS = {"all_layers": (FULL, SLIDING)}
+_BY_LAYERS = (FULL, SLIDING)
 _ATTENTION_BIAS: Mapping[str, Part] = {
     "qkv_bias": flag("attention_bias"),
     "output_bias": flag("attention_bias"),
@@ -184,8 +184,8 @@ GEMMA3 = dataclasses.replace(
     },
     layer_types=full_every(6, "sliding_window_pattern"),
     ropes=(
-        RopeSwitches(**_BY_LAYERS),
-        RopeSwitches(SLIDING, theta="rope_local_base_freq", scaled=False, **_BY_LAYERS),
+        RopeSwitches(all_layers=_BY_LAYERS),
+        RopeSwitches(SLIDING, theta="rope_local_base_freq", scaled=False, all_layers=_BY_LAYERS),
     ),
     parts={**GEMMA2.parts, "qk_norm": True, "attention_cap": None},
 )
@@ -261,7 +261,10 @@ OLMO3 = dataclasses.replace(
     model_type="olmo3",
     defaults={**OLMO2.defaults, "rope_theta": 5e5, "sliding_window": 4096},
     layer_types=full_every(4),
-    ropes=(RopeSwitches(**_BY_LAYERS), RopeSwitches(SLIDING, scaled=False, **_BY_LAYERS)),
+    ropes=(
+        RopeSwitches(all_layers=_BY_LAYERS),
+        RopeSwitches(SLIDING, scaled=False, all_layers=_BY_LAYERS),
+    ),
 )
 
 

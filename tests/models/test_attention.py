@@ -15,6 +15,7 @@ import pytest
 from jaxpeft import models
 from jaxpeft.models import attention
 from jaxpeft.models.attention import KERNELS, AttentionKernel, fastest
+from jaxpeft.models.attention_scores import Scoring
 from jaxpeft.models.base import ModelOptions
 from jaxpeft.models.masks import Mask, make_mask
 
@@ -49,9 +50,9 @@ class Seen(nn.Module):
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Mask]:
     seen: list[Mask] = []
 
-    def compute(q: Any, k: Any, v: Any, mask: Mask, drop: Any) -> Any:
+    def compute(q: Any, k: Any, v: Any, mask: Mask, drop: Any, scoring: Any) -> Any:
         seen.append(mask)
-        return KERNELS["xla"].compute(q, k, v, mask, drop)
+        return KERNELS["xla"].compute(q, k, v, mask, drop, scoring)
 
     own = KERNELS["cudnn"]
     fake = AttentionKernel(compute, own.platform, own.lacks, own.takes)
@@ -146,7 +147,9 @@ def test_splash_attention_is_the_reference(kind: str, kv_heads: int) -> None:
         jnp.asarray(rng.normal(size=(2, 256, n, 64)), jnp.float32) for n in (2, kv_heads, kv_heads)
     )
     mask, text = masks(kind, rng)
-    assert KERNELS["splash"].takes(q, k, mask) and not KERNELS["splash"].lacks(q.dtype, 64, 0.0)
+    assert KERNELS["splash"].takes(q, k, mask) and not KERNELS["splash"].lacks(
+        q.dtype, 64, 0.0, Scoring()
+    )
     found = with_gradient(partial(attention._splash, interpret=True), q, k, v, mask, text)  # pyright: ignore[reportPrivateUsage]
     right = with_gradient(KERNELS["xla"].compute, q, k, v, mask, text)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), found, right)
@@ -178,4 +181,6 @@ def test_why_a_kernel_does_not_fit_a_model() -> None:
     assert why(jnp.bfloat16) == ""
     assert why(jnp.float32) == "activations are float32, not bfloat16"
     assert why(jnp.bfloat16, attention_dropout=0.1) == "attention dropout is 0.1"
+    capped = {"model_type": "gemma2", "head_dim": 16, "attn_logit_softcapping": 30.0}
+    assert why(jnp.bfloat16, **capped) == "attention scores are bounded by 30"
     assert why(jnp.bfloat16, head_dim=12) == "the head size is 12, not a multiple of 8 up to 128"

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxpeft.models.attention import KERNELS
+from jaxpeft.models.attention_scores import Scoring
 from jaxpeft.models.chunked_attention import LEAST_KEYS, MOST_SCORES, block_of, compute
 from jaxpeft.models.masks import Mask
 from tests.models.test_attention import MASKS, masks, with_gradient
@@ -38,6 +39,20 @@ def test_it_is_the_reference_with_its_gradients(kind: str, kv_heads: int, block:
     mask, text = masks(kind, rng, LENGTH)
     found = with_gradient(partial(compute, block=block), q, k, v, mask, text)
     right = with_gradient(KERNELS["xla"].compute, q, k, v, mask, text)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, right)
+
+
+@pytest.mark.parametrize("kind", ["causal", "padded", "window"])
+@pytest.mark.representatives("padded")
+def test_scaled_and_bounded_scores_are_those_of_the_reference(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = inputs(rng, 2)
+    mask, text = masks(kind, rng, LENGTH)
+    scoring = Scoring(scale=0.7, cap=1.5)
+    found, right = (
+        with_gradient(partial(kernel, scoring=scoring, **more), q, k, v, mask, text)
+        for kernel, more in ((compute, {"block": 40}), (KERNELS["xla"].compute, {}))
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, right)
 
 

@@ -26,19 +26,16 @@ def build(config: dict[str, Any], task: str = "encoder", **options: Any) -> Any:
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (
         "llama",
-        {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_scaling": {"type": "su", "factor": 4.0}},
         (
-            "rope_scaling: rope_type 'yarn' is not supported (supported: default, linear, dynamic,"
-            " llama3)"
+            "rope_scaling: rope_type 'su' is not supported (supported: default, linear, dynamic,"
+            " llama3, yarn, longrope)"
         ),
     ),
     (
         "llama",
         {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}},
-        (
-            "rope_parameters: rope_type 'longrope' is not supported (supported: default, linear,"
-            " dynamic, llama3)"
-        ),
+        "rope_parameters: short_factor: must be a list of 4 numbers, is None",
     ),
     (
         "llama",
@@ -114,6 +111,39 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         ),
     ),
     (
+        "gemma2",
+        {"use_bidirectional_attention": True},
+        "use_bidirectional_attention: True is not supported: decoders attend to earlier",
+    ),
+    ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar: must be a positive number"),
+    (
+        "gemma3_text",
+        {"rope_parameters": {"chunked_attention": {"rope_type": "default"}}},
+        (
+            "rope_parameters: separate settings for chunked_attention are not supported (supported:"
+            " full_attention or sliding_attention)"
+        ),
+    ),
+    (
+        "phi3",
+        {"partial_rotary_factor": 0.4},
+        (
+            "rope_parameters: partial_rotary_factor 0.4 is not supported (supported: at most 1, for"
+            " an even number of dimensions)"
+        ),
+    ),
+    (
+        "phi3",
+        {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [2.0] * 4}},
+        "rope_scaling: short_factor: must be a list of 4 numbers, is [1.0]",
+    ),
+    ("granite", {"logits_scaling": 0}, "logits_scaling: must be a positive number, is 0"),
+    (
+        "smollm3",
+        {"no_rope_layers": [1, 0]},
+        "no_rope_layers: must be a list of 4 numbers, 1 for a rotation and 0 for none, is [1, 0]",
+    ),
+    (
         "qwen2",
         {"layer_types": ["full_attention"]},
         (
@@ -173,7 +203,7 @@ def test_an_unsupported_switch_is_refused_by_name(tiny_config, kind, switches, t
 def test_everything_is_reported_at_once(tiny_config):
     switches = {
         "hidden_act": "snake",
-        "rope_scaling": {"type": "yarn"},
+        "rope_scaling": {"type": "ntk"},
         "quantization_config": {"bits": 4},
     }
     with pytest.raises(ConfigError) as caught:
@@ -197,9 +227,12 @@ def test_an_unknown_architecture_names_the_known_ones_and_invites_no_edit(kind):
         build({"model_type": kind})
     assert str(caught.value).startswith(f"config.json: model_type {kind!r} is not supported (")
     assert "did you mean" not in str(caught.value)
-    assert "(supported: llama, mistral, qwen2, qwen3, bert, roberta, distilbert)" in str(
+    assert f"(supported: {', '.join(models.FAMILIES)}); use a model of one of these" in str(
         caught.value
     )
+    nearest = {"mixtral": "mistral", "qwen2_moe": "qwen2", "lama": "llama", "berta": "bert"}
+    if isinstance(kind, str):
+        assert str(caught.value).endswith(f", the nearest of which is {nearest[kind]}")
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])

@@ -89,11 +89,16 @@ class AdapterHub(FolderLayout):
         Raises:
             AdapterError: Sites are adapted that the library cannot adapt.
         """
-        model, kind = content.model, _model_type(content.model)
+        model, kind = content.model, _model_type(content.model) or "llama"
+        if kind not in _FAMILIES:
+            raise AdapterError(
+                f"AdapterHub's format has no {kind} model (it has {', '.join(_FAMILIES)}); save"
+                " without it, as format 'peft'"
+            )
         common = {
             "model_type": kind,
             "hidden_size": model.config.hidden_size,
-            "model_class": _FAMILIES[kind or "llama"] + _CLASSES[model.options.task],
+            "model_class": _FAMILIES[kind] + _CLASSES[model.options.task],
             "model_name": content.config["base_model_name_or_path"],
             "version": VERSION,
         }
