@@ -50,6 +50,10 @@ class LNTuning(Selected):
     usual_targets: ClassVar[tuple[str, ...]] = (
         "input_layernorm",
         "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+        "post_self_attn_layernorm",
+        "post_mlp_layernorm",
         "norm",
         "q_norm",
         "k_norm",

@@ -29,6 +29,8 @@ from jaxpeft.lazy import jax, jnp
 
 TABLE = "prompt_embeddings"
 _KEYS, _WORDS = ("k_proj", "key", "k_lin"), ("embed_tokens", "word_embeddings", "wte")
+_JOINT = {"qkv_proj": "o_proj", "Wqkv": "Wo"}
+"""Projections to queries, keys and values together, with the projection after attention."""
 
 
 M = TypeVar("M", bound="VirtualTokens")
@@ -162,16 +164,21 @@ def layers_and_width(params: Leaves) -> tuple[int, int]:
     Raises:
         ConfigError: There are no key projections, or they differ in width.
     """
-    sites = [site for site in find_sites(params) if site.path[-1] in _KEYS]
-    widths = sorted({site.shape[1] for site in sites})
+    sites = {site.path: site for site in find_sites(params)}
+    keys = [(site, site.shape[1]) for path, site in sites.items() if path[-1] in _KEYS]
+    for path, site in sites.items():
+        output = sites.get((*path[:-1], _JOINT.get(path[-1], "")))
+        if output is not None:  # the queries are as wide as what follows attention
+            keys.append((site, (site.shape[1] - output.shape[0]) // 2))
+    widths = sorted({width for _, width in keys})
     if len(widths) != 1:
         found = (
             f"are {' and '.join(map(str, widths))} wide"
-            if sites
-            else f"({', '.join(_KEYS)}) are not in the tree"
+            if keys
+            else f"({', '.join((*_KEYS, *_JOINT))}) are not in the tree"
         )
         raise ConfigError(f"the key projections {found}; virtual tokens need keys of one width")
-    return sum(len(site.names) for site in sites), widths[0]
+    return sum(len(site.names) for site, _ in keys), widths[0]
 
 
 def word_embedding(params: Leaves) -> Site:
