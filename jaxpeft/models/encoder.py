@@ -1,7 +1,7 @@
-"""The encoder family: BERT, RoBERTa and DistilBERT.
+"""Encoders that are built like BERT: RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT.
 
-Devlin et al. 2018 (arXiv:1810.04805), Liu et al. 2019 (arXiv:1907.11692), Sanh et al. 2019
-(arXiv:1910.01108).
+Devlin et al. 2018 (arXiv:1810.04805), Liu et al. 2019 (arXiv:1907.11692), Conneau et al. 2019
+(arXiv:1911.02116), Martin et al. 2019 (arXiv:1911.03894), Sanh et al. 2019 (arXiv:1910.01108).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxpeft.errors import DataError
 from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.attention import attend, by_heads
 from jaxpeft.models.base import Family, ModelOptions, Pretrained, option_problems, with_pooling
-from jaxpeft.models.encoder_config import EncoderConfig, read_config
+from jaxpeft.models.encoder_config import STYLES, TASKS, EncoderConfig, read_config
 from jaxpeft.models.layers import (
     LayerNorm,
     dense,
@@ -175,7 +175,7 @@ class _Stack(_Part):
     @nn.compact
     def __call__(self, x: Array, past: Array | None, mask: Mask) -> Array:
         c, options = self.config, self.options
-        block = DistilBertBlock if c.kind == "distilbert" else BertBlock
+        block = DistilBertBlock if c.style.layers == "transformer" else BertBlock
         fields = {"config": c, "options": options}
         return run_layers(block, fields, c.num_hidden_layers, "layer", options, x, past, mask)
 
@@ -231,9 +231,7 @@ class EncoderBackbone(Pretrained):
         mask = virtual.mask(make_mask(attention_mask, segment_ids, causal=False), length).prepare(
             options.attention, length
         )
-        x = _Stack(c, options, name="transformer" if c.kind == "distilbert" else "encoder")(
-            x, virtual.past, mask
-        )
+        x = _Stack(c, options, name=c.style.layers)(x, virtual.past, mask)
         if self.with_pooler:
             return _Pooler(c, options, name="pooler")(x)
         return x if self.with_prompt else x[:, virtual.prompted :]
@@ -245,10 +243,10 @@ def _shift_positions(c: EncoderConfig, virtual: Virtual, where: Array) -> Array:
     RoBERTa's start after that of pad tokens, which virtual tokens do not shift.
     """
     shifted = virtual.positions(where)
-    if c.kind != "roberta" or not virtual.count:
+    if not c.style.offset or not virtual.count:
         return shifted
     prompt, tokens = (
-        shifted[:, : virtual.prompted] + c.pad_token_id + 1,
+        shifted[:, : virtual.prompted] + c.first_position,
         shifted[:, virtual.prompted :],
     )
     return jnp.concatenate([prompt, jnp.where(where == c.pad_token_id, where, tokens)], axis=1)
@@ -256,7 +254,7 @@ def _shift_positions(c: EncoderConfig, virtual: Virtual, where: Array) -> Array:
 
 def _check_length(c: EncoderConfig, length: int, virtual: int, segment_ids: Array | None) -> None:
     """Raise an error for rows beyond the position table, for which the lookup would return NaN."""
-    most = c.max_position_embeddings - (c.pad_token_id + 1 if c.kind == "roberta" else 0)
+    most = c.max_position_embeddings - c.first_position
     if length + virtual > most and segment_ids is None:
         more = f" and {virtual} virtual ones" if virtual else ""
         raise DataError(
@@ -274,18 +272,18 @@ def _offset(
     After a prompt, pad tokens count like others, as in `transformers`, which then gets embeddings
     instead of tokens.
     """
-    if c.kind != "roberta":
+    if not c.style.offset:
         return counted
     if not by_token:
-        return counted + c.pad_token_id + 1
+        return counted + c.first_position
     real = (input_ids != c.pad_token_id).astype(jnp.int32)
     if segment_ids is not None:
         return (counted + 1) * real + c.pad_token_id
     return jnp.cumsum(real, axis=1) * real + c.pad_token_id
 
 
-class RobertaHead(_Part):
-    """RoBERTa's classification head: two layers with tanh between them."""
+class TwoLayerHead(_Part):
+    """A classification head of two layers, with tanh between them in RoBERTa."""
 
     labels: int = 2
 
@@ -294,7 +292,7 @@ class RobertaHead(_Part):
         """Map `[batch, d]` to `[batch, labels]`, float32."""
         c = self.config
         x = dropout(self, c.classifier_dropout, x.astype(jnp.float32))
-        x = jnp.tanh(head_dense(c.hidden_size, "dense")(x))
+        x = ACTIVATIONS[c.style.head_act](head_dense(c.hidden_size, "dense")(x))
         return head_dense(self.labels, "out_proj")(dropout(self, c.classifier_dropout, x))
 
 
@@ -319,14 +317,16 @@ class EncoderWithHead(Pretrained):
         sequence = options.task == "sequence_classification"
         pooler = sequence and how == "pooler"
         first = sequence and how == "cls"
-        backbone = EncoderBackbone(c, options, with_pooler=pooler, with_prompt=first, name=c.kind)
+        backbone = EncoderBackbone(
+            c, options, with_pooler=pooler, with_prompt=first, name=c.style.backbone
+        )
         x = backbone(input_ids, attention_mask, virtual=virtual, **inputs)
         if sequence and not pooler:
             x = pool(x, attention_mask, how)
         labels = options.num_labels or 0
-        if sequence and c.kind == "roberta":
-            return RobertaHead(c, options, labels, name="classifier")(x)
-        if sequence and c.kind == "distilbert":
+        if sequence and c.style.head == "two_layers":
+            return TwoLayerHead(c, options, labels, name="classifier")(x)
+        if sequence and c.style.head == "pre_classifier":
             x = jax.nn.relu(head_dense(c.hidden_size, "pre_classifier")(x))
         return head_dense(labels, "classifier")(dropout(self, c.classifier_dropout, x))
 
@@ -338,10 +338,7 @@ def build(config: Mapping[str, Any], options: ModelOptions, where: str) -> Pretr
         ConfigError: Settings are not supported; it lists all of them.
     """
     kind = config["model_type"]
-    poolings = ("pooler", "cls", "mean") if kind == "bert" else ("cls", "mean")
-    problems = option_problems(
-        options, kind, ("sequence_classification", "token_classification", "encoder"), poolings
-    )
+    problems = option_problems(options, kind, TASKS, STYLES[kind].poolings)
     parsed = read_config(config, options.task, problems, where)
     return (EncoderBackbone if options.task == "encoder" else EncoderWithHead)(
         parsed, with_pooling(options, parsed.own_pooling)
@@ -362,7 +359,9 @@ _RENAMED = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "L
 BERT = Family(
     ("bert",), build, "bert", _PRETRAINING, _POOLER, _RENAMED, own_pooler="pooler.dense.weight"
 )
-ROBERTA = Family(("roberta",), build, "roberta", _PRETRAINING, _POOLER, _RENAMED)
+ROBERTA = Family(
+    ("roberta", "xlm-roberta", "camembert"), build, "roberta", _PRETRAINING, _POOLER, _RENAMED
+)
 _DISTILBERT_FIELDS = {"num_hidden_layers": "n_layers", "hidden_size": "dim"}
 DISTILBERT = Family(
     ("distilbert",), build, "distilbert", _PRETRAINING, (), _RENAMED, fields=_DISTILBERT_FIELDS

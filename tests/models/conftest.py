@@ -57,6 +57,8 @@ _TINY: Mapping[str, Mapping[str, Any]] = {
     "qwen3": {**_DECODER, "head_dim": 16},
     "bert": _BERT,
     "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "camembert": _BERT,
     "distilbert": _DISTILBERT,
 }
 

@@ -13,8 +13,9 @@ import jaxpeft
 from jaxpeft.errors import DataError
 from jaxpeft.models.masks import positions
 from tests.models.conftest import forward
+from tests.models.test_encoder_parity import ENCODERS
 
-ALL = ("llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "distilbert")
+ALL = ("llama", "mistral", "qwen2", "qwen3", *ENCODERS)
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 SWITCHES = {"mistral": {"sliding_window": 4}, "qwen2": WINDOWED, "qwen3": WINDOWED}
 TASK = "token_classification"

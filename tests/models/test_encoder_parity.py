@@ -12,6 +12,8 @@ from jaxpeft.errors import DataError
 
 SEQUENCES, TOKENS, HIDDEN = "sequence_classification", "token_classification", "encoder"
 
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
+
 _BERT_SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ("hidden-act", {"hidden_act": "relu"}),
     ("gelu-new", {"hidden_act": "gelu_new"}),
@@ -31,6 +33,7 @@ _BERT_SWITCHES: list[tuple[str, dict[str, Any]]] = [
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     *(("bert", name, switches) for name, switches in _BERT_SWITCHES),
     *(("roberta", name, switches) for name, switches in _BERT_SWITCHES),
+    *(("xlm-roberta", name, switches) for name, switches in _BERT_SWITCHES),
     ("distilbert", "activation", {"activation": "relu"}),
     ("distilbert", "sinusoidal", {"sinusoidal_pos_embds": True}),
     ("distilbert", "pad-token", {"pad_token_id": 5}),
@@ -43,9 +46,13 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("task", [SEQUENCES, TOKENS, HIDDEN])
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("kind", ENCODERS)
 @pytest.mark.representatives(
-    "bert-token*", "roberta-sequence*", "roberta-encoder", "distilbert-sequence*"
+    "bert-token*",
+    "roberta-sequence*",
+    "roberta-encoder",
+    "distilbert-sequence*",
+    "xlm-roberta-token*",
 )
 def test_every_task(parity, kind, task):
     parity(kind, task)

@@ -12,6 +12,7 @@ import pytest
 from jaxpeft import models
 from jaxpeft.errors import ConfigError
 from jaxpeft.models.base import ModelOptions
+from tests.models.test_encoder_parity import ENCODERS
 
 
 def build(config: dict[str, Any], task: str = "encoder", **options: Any) -> Any:
@@ -197,12 +198,10 @@ def test_an_unknown_architecture_names_the_known_ones_and_invites_no_edit(kind):
         build({"model_type": kind})
     assert str(caught.value).startswith(f"config.json: model_type {kind!r} is not supported (")
     assert "did you mean" not in str(caught.value)
-    assert "(supported: llama, mistral, qwen2, qwen3, bert, roberta, distilbert)" in str(
-        caught.value
-    )
+    assert "(supported: " + ", ".join(models.FAMILIES) + ")" in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("kind", ENCODERS)
 def test_an_encoder_is_no_language_model(tiny_config, kind):
     with pytest.raises(
         ConfigError,
@@ -240,9 +239,7 @@ def test_what_does_not_change_the_numbers_is_not_refused(tiny_config, field):
     build(tiny_config("llama", **{field: 3}))
 
 
-@pytest.mark.parametrize(
-    "kind", ["llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "distilbert"]
-)
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", *ENCODERS])
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_the_tree_mirrors_the_names_of_hugging_face(tiny_config, kind, scan_layers):
     from jaxpeft.core import paths
@@ -255,6 +252,8 @@ def test_the_tree_mirrors_the_names_of_hugging_face(tiny_config, kind, scan_laye
     number = "" if scan_layers else "1/"
     wanted = {
         "bert": f"bert/encoder/layer/{number}attention/self/query/kernel",
+        "xlm-roberta": f"roberta/encoder/layer/{number}attention/self/query/kernel",
+        "camembert": f"roberta/encoder/layer/{number}attention/self/query/kernel",
         "roberta": f"roberta/encoder/layer/{number}attention/output/LayerNorm/scale",
         "distilbert": f"distilbert/transformer/layer/{number}attention/q_lin/kernel",
     }.get(kind, f"model/layers/{number}self_attn/q_proj/kernel")

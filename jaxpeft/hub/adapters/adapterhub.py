@@ -48,12 +48,15 @@ _ATTENTION = ("attention.output.dense", "attention.out_lin", "self_attn.o_proj")
 _FAMILIES = {
     "bert": "Bert",
     "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+    "camembert": "Camembert",
     "distilbert": "DistilBert",
     "llama": "Llama",
     "mistral": "Mistral",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
 }
+"""Stems of model classes by `model_type`; the library lacks some of them."""
 _CLASSES = {
     "sequence_classification": "ForSequenceClassification",
     "token_classification": "ForTokenClassification",
@@ -89,11 +92,11 @@ class AdapterHub(FolderLayout):
         Raises:
             AdapterError: Sites are adapted that the library cannot adapt.
         """
-        model, kind = content.model, _model_type(content.model)
+        model, kind = content.model, _model_type(content.model) or "llama"
         common = {
             "model_type": kind,
             "hidden_size": model.config.hidden_size,
-            "model_class": _FAMILIES[kind or "llama"] + _CLASSES[model.options.task],
+            "model_class": _FAMILIES[kind] + _CLASSES[model.options.task],
             "model_name": content.config["base_model_name_or_path"],
             "version": VERSION,
         }
