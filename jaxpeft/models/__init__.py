@@ -9,7 +9,7 @@ from jaxpeft.errors import ConfigError, show
 from jaxpeft.models import decoder, encoder
 from jaxpeft.models.base import Family, ModelOptions, Pretrained
 
-_ALL: tuple[Family, ...] = (decoder.FAMILY, encoder.BERT, encoder.ROBERTA, encoder.DISTILBERT)
+_ALL: tuple[Family, ...] = (decoder.FAMILY, *encoder.FAMILIES)
 
 FAMILIES: Mapping[str, Family] = {
     model_type: family for family in _ALL for model_type in family.model_types

@@ -1,7 +1,8 @@
-"""Encoders that are built like BERT: RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT.
+"""Encoders that are built like BERT: RoBERTa, XLM-RoBERTa, CamemBERT, ELECTRA, DistilBERT.
 
 Devlin et al. 2018 (arXiv:1810.04805), Liu et al. 2019 (arXiv:1907.11692), Conneau et al. 2019
-(arXiv:1911.02116), Martin et al. 2019 (arXiv:1911.03894), Sanh et al. 2019 (arXiv:1910.01108).
+(arXiv:1911.02116), Martin et al. 2019 (arXiv:1911.03894), Clark et al. 2020 (arXiv:2003.10555),
+Sanh et al. 2019 (arXiv:1910.01108).
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Embeddings(_Part):
         c = self.config
 
         def embed(count: int, name: str, ids: Array) -> Array:
-            return nn.Embed(count, c.hidden_size, dtype=self.options.dtype, name=name)(ids)
+            return nn.Embed(count, c.embedding_size, dtype=self.options.dtype, name=name)(ids)
 
         x = virtual.prepend(embed(c.vocab_size, "word_embeddings", input_ids))
         if c.type_vocab_size:
@@ -228,6 +229,8 @@ class EncoderBackbone(Pretrained):
             )
         where = _shift_positions(c, virtual, where)
         x = Embeddings(c, options, name="embeddings")(input_ids, token_type_ids, where, virtual)
+        if c.style.projection and c.embedding_size != c.hidden_size:
+            x = dense(c.hidden_size, c.style.projection, options)(x)
         mask = virtual.mask(make_mask(attention_mask, segment_ids, causal=False), length).prepare(
             options.attention, length
         )
@@ -350,6 +353,7 @@ _PRETRAINING = (
     r"qa_outputs\..*",
     r"lm_head\..*",
     r"vocab_\w+\..*",
+    r"(discriminator|generator)_\w+\..*",
     r".*\.position_ids",
     r"position_ids",
 )
@@ -362,7 +366,9 @@ BERT = Family(
 ROBERTA = Family(
     ("roberta", "xlm-roberta", "camembert"), build, "roberta", _PRETRAINING, _POOLER, _RENAMED
 )
+ELECTRA = Family(("electra",), build, "electra", _PRETRAINING, (), _RENAMED)
 _DISTILBERT_FIELDS = {"num_hidden_layers": "n_layers", "hidden_size": "dim"}
 DISTILBERT = Family(
     ("distilbert",), build, "distilbert", _PRETRAINING, (), _RENAMED, fields=_DISTILBERT_FIELDS
 )
+FAMILIES = (BERT, ROBERTA, ELECTRA, DISTILBERT)

@@ -25,6 +25,7 @@ class Style:
         head: a sequence classifier's layers before the last one: `none`; `two_layers` inside of
             `classifier`, with the activation `head_act`; or `pre_classifier`, with ReLU.
         head_act: activation inside of the head.
+        projection: name of the projection of word embeddings that are narrower than the layers.
         poolings: poolings of a sequence classifier; the first is that of `transformers`.
         defaults: defaults of `config.json`.
     """
@@ -34,6 +35,7 @@ class Style:
     offset: bool = False
     head: str = "none"
     head_act: str = "tanh"
+    projection: str = ""
     poolings: tuple[str, ...] = ("cls", "mean")
     defaults: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
@@ -45,6 +47,7 @@ class EncoderConfig:
     Attributes:
         kind: its `model_type`, a key of `STYLES`.
         type_vocab_size: number of token types, which may be 0.
+        embedding_size: width of the embeddings, `hidden_size` without a projection.
         pad_token_id: start of the positions if the style has an offset.
     """
 
@@ -58,6 +61,7 @@ class EncoderConfig:
     max_position_embeddings: int
     type_vocab_size: int
     pad_token_id: int
+    embedding_size: int
     layer_norm_eps: float
     hidden_dropout: float
     attention_dropout: float
@@ -96,6 +100,13 @@ STYLES: Mapping[str, Style] = {
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "camembert": _ROBERTA,
+    "electra": Style(
+        "electra",
+        head="two_layers",
+        head_act="gelu",
+        projection="embeddings_project",
+        defaults={**_BERT_DEFAULTS, "embedding_size": 128},
+    ),
     "distilbert": Style(
         "distilbert",
         layers="transformer",
@@ -152,10 +163,12 @@ def read_config(
 
 def _bert(reader: ConfigReader, kind: str) -> EncoderConfig:
     hidden_dropout = reader.rate("hidden_dropout_prob")
+    hidden_size = reader.integer("hidden_size")
+    projected = STYLES[kind].projection and reader.get("embedding_size") is not None
     return EncoderConfig(
         kind=kind,
         vocab_size=reader.integer("vocab_size"),
-        hidden_size=reader.integer("hidden_size"),
+        hidden_size=hidden_size,
         intermediate_size=reader.integer("intermediate_size"),
         num_hidden_layers=reader.integer("num_hidden_layers", most=MOST_LAYERS),
         num_attention_heads=reader.integer("num_attention_heads", most=MOST_HEADS),
@@ -163,6 +176,7 @@ def _bert(reader: ConfigReader, kind: str) -> EncoderConfig:
         max_position_embeddings=reader.integer("max_position_embeddings"),
         type_vocab_size=reader.integer("type_vocab_size"),
         pad_token_id=reader.integer("pad_token_id", least=0) if STYLES[kind].offset else 0,
+        embedding_size=reader.integer("embedding_size") if projected else hidden_size,
         layer_norm_eps=reader.number("layer_norm_eps"),
         hidden_dropout=hidden_dropout,
         attention_dropout=reader.rate("attention_probs_dropout_prob"),
@@ -173,10 +187,11 @@ def _bert(reader: ConfigReader, kind: str) -> EncoderConfig:
 def _distilbert(reader: ConfigReader, task: str) -> EncoderConfig:
     rates = {"sequence_classification": reader.rate("seq_classif_dropout")}
     hidden_dropout = reader.rate("dropout")
+    hidden_size = reader.integer("dim")
     return EncoderConfig(
         kind="distilbert",
         vocab_size=reader.integer("vocab_size"),
-        hidden_size=reader.integer("dim"),
+        hidden_size=hidden_size,
         intermediate_size=reader.integer("hidden_dim"),
         num_hidden_layers=reader.integer("n_layers", most=MOST_LAYERS),
         num_attention_heads=reader.integer("n_heads", most=MOST_HEADS),
@@ -184,6 +199,7 @@ def _distilbert(reader: ConfigReader, task: str) -> EncoderConfig:
         max_position_embeddings=reader.integer("max_position_embeddings"),
         type_vocab_size=0,
         pad_token_id=0,
+        embedding_size=hidden_size,
         layer_norm_eps=1e-12,
         hidden_dropout=hidden_dropout,
         attention_dropout=reader.rate("attention_dropout"),

@@ -91,7 +91,7 @@ _BOTH = (TENSOR, FSDP)
 _COLUMNS = (
     # decoders, DistilBERT
     r"(.*/)?(q_proj|k_proj|v_proj|gate_proj|up_proj|q_lin|k_lin|v_lin|lin1)",
-    r"(.*/)?(attention/self/(query|key|value)|intermediate/dense)",  # BERT, RoBERTa
+    r"(.*/)?(attention/self/(query|key|value)|intermediate/dense)",  # BERT and its kind
 )
 _ROWS = (r"(.*/)?(o_proj|down_proj|out_lin|lin2)", r"(.*/)?output/dense")
 TABLE: tuple[Rule, ...] = (
@@ -102,7 +102,7 @@ TABLE: tuple[Rule, ...] = (
     # all-reduces them (512 MiB on v5e:4x4, here none)
     Rule(r"(.*/)?(embed_tokens|word_embeddings)/embedding", ((TENSOR,), (FSDP,))),
     Rule(r"(.*/)?lm_head/kernel", ((), _BOTH)),
-    Rule(r"(.*/)?pooler/dense/kernel", ((), (FSDP,))),
+    Rule(r"(.*/)?(pooler/dense|embeddings_project)/kernel", ((), (FSDP,))),
     Rule(r"(.*/)?(position|token_type)_embeddings/embedding"),
     Rule(r"(classifier|score|pre_classifier)/.*"),
     Rule(r"(.*/)?(scale|bias)"),

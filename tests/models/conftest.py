@@ -59,6 +59,7 @@ _TINY: Mapping[str, Mapping[str, Any]] = {
     "roberta": _BERT,
     "xlm-roberta": _BERT,
     "camembert": _BERT,
+    "electra": {**_BERT, "embedding_size": 16},
     "distilbert": _DISTILBERT,
 }
 

@@ -12,7 +12,7 @@ from jaxpeft.errors import DataError
 
 SEQUENCES, TOKENS, HIDDEN = "sequence_classification", "token_classification", "encoder"
 
-ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert")
 
 _BERT_SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ("hidden-act", {"hidden_act": "relu"}),
@@ -34,6 +34,8 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     *(("bert", name, switches) for name, switches in _BERT_SWITCHES),
     *(("roberta", name, switches) for name, switches in _BERT_SWITCHES),
     *(("xlm-roberta", name, switches) for name, switches in _BERT_SWITCHES),
+    *(("electra", name, switches) for name, switches in _BERT_SWITCHES),
+    ("electra", "wide", {"embedding_size": 32}),
     ("distilbert", "activation", {"activation": "relu"}),
     ("distilbert", "sinusoidal", {"sinusoidal_pos_embds": True}),
     ("distilbert", "pad-token", {"pad_token_id": 5}),
@@ -69,6 +71,7 @@ def test_every_task(parity, kind, task):
     "distilbert-sinusoidal",
     "distilbert-activation",
     "roberta-pad-token",
+    "electra-hidden-act",
 )
 def test_a_sequence_classifier_with_a_switch(parity, kind, switches):
     parity(kind, SEQUENCES, **switches)

@@ -253,6 +253,7 @@ def test_the_tree_mirrors_the_names_of_hugging_face(tiny_config, kind, scan_laye
     wanted = {
         "bert": f"bert/encoder/layer/{number}attention/self/query/kernel",
         "xlm-roberta": f"roberta/encoder/layer/{number}attention/self/query/kernel",
+        "electra": "electra/embeddings_project/kernel",
         "camembert": f"roberta/encoder/layer/{number}attention/self/query/kernel",
         "roberta": f"roberta/encoder/layer/{number}attention/output/LayerNorm/scale",
         "distilbert": f"distilbert/transformer/layer/{number}attention/q_lin/kernel",

@@ -50,6 +50,7 @@ _FAMILIES = {
     "roberta": "Roberta",
     "xlm-roberta": "XLMRoberta",
     "camembert": "Camembert",
+    "electra": "Electra",
     "distilbert": "DistilBert",
     "llama": "Llama",
     "mistral": "Mistral",

@@ -327,7 +327,9 @@ def require_sizes(config: Any, tensors: Tensors, family: Family, where: Any) -> 
         else {}
     )
     if table is not None and len(table[1]) == 2:
-        sizes = zip(("vocab_size", "hidden_size"), table[1], strict=True)
+        narrow = getattr(config, "embedding_size", config.hidden_size) != config.hidden_size
+        width = "embedding_size" if narrow else "hidden_size"
+        sizes = zip(("vocab_size", width), table[1], strict=True)
         found |= {field: (size, f"in {table[0]}") for field, size in sizes}
     problems = [
         f"{where}: {family.fields.get(field, field)} is {own}, but there are only {size} {of};"
