@@ -99,4 +99,4 @@ def is_head(path: Path) -> bool:
     return path[0] in HEAD_MODULES
 
 
-HEAD_MODULES = frozenset({"classifier", "score", "pre_classifier"})
+HEAD_MODULES = frozenset({"classifier", "score", "pre_classifier", "head", "pooler"})

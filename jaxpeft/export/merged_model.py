@@ -247,7 +247,8 @@ def _pooler(model: Pretrained) -> dict[str, Tensor]:
     family = FAMILIES.get(getattr(model.config, "kind", ""))
     task = model.options.task
     if family is None or not (
-        task == "encoder" or (task == "sequence_classification" and family.own_pooler)
+        any(re.fullmatch(pattern, "pooler.dense.weight") for pattern in family.optional)
+        and (task == "encoder" or (task == "sequence_classification" and family.own_pooler))
     ):
         return {}
     prefix = "" if task == "encoder" else f"{family.prefix}."

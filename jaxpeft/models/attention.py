@@ -58,6 +58,7 @@ def attend(
     mask: Mask,
     dropout_rate: float = 0.0,
     cached: tuple[Array, Array] | None = None,
+    bias: Array | None = None,
 ) -> Array:
     """Scaled dot-product attention; several query heads may share a key head (Ainslie et al. 2023).
 
@@ -71,6 +72,8 @@ def attend(
         dropout_rate: dropout rate of the attention weights.
         cached: keys and values `[batch, kv_heads, slots, d]` of a KV cache, before `k` and `v` in
             the mask's order; or None.
+        bias: float32 `[batch, heads, query, key]`, added to the scaled scores by the kernel `xla`,
+            which is then used; or None.
 
     Returns:
         `[batch, query, heads * d]`.
@@ -81,11 +84,14 @@ def attend(
     spread = size_of(SEQUENCE) > 1
     if spread and kernel != "xla":
         kernel = "chunked"
-    if KERNELS[kernel].lacks(q.dtype, q.shape[-1], rate) or not KERNELS[kernel].takes(q, k, mask):
+    fits = bias is None and KERNELS[kernel].takes(q, k, mask)
+    if not fits or KERNELS[kernel].lacks(q.dtype, q.shape[-1], rate):
         kernel = "xla"
     drop = partial(dropout, module, dropout_rate)
     if kernel == "xla" and spread:
-        out = _xla_by_positions(q, k, v, mask, drop)
+        out = _xla_by_positions(q, k, v, mask, drop, bias)
+    elif bias is not None:
+        out = _xla(q, k, v, mask, drop, bias)
     elif kernel == "xla" or mesh_of() is None:
         out = KERNELS[kernel].compute(q, k, v, mask, drop)
     else:
@@ -111,7 +117,14 @@ class AttentionKernel:
     takes: Callable[[Array, Array, Mask], bool] = lambda q, k, mask: True
 
 
-def _xla(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]) -> Array:
+def _xla(
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    drop: Callable[[Array], Array],
+    bias: Array | None = None,
+) -> Array:
     batch, length, heads, d = q.shape
     seen = mask.to_array(length)
     # Heads before length: both products are then plain batched matmuls, a fifth faster on CPU than
@@ -121,6 +134,7 @@ def _xla(q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array
     q = q.reshape(batch, kv_heads, heads // kv_heads * length, d)
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32) * (d**-0.5)
     scores = scores.reshape(batch, heads, length, keys)
+    scores = scores if bias is None else scores + bias
     if seen is not None:
         scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     weights = drop(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
@@ -155,7 +169,12 @@ def _with_cache(
 
 
 def _xla_by_positions(
-    q: Array, k: Array, v: Array, mask: Mask, drop: Callable[[Array], Array]
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Mask,
+    drop: Callable[[Array], Array],
+    bias: Array | None = None,
 ) -> Array:
     """Attend with positions sharded over devices: local queries, and keys and values of all
     positions.
@@ -167,6 +186,7 @@ def _xla_by_positions(
     q = q.reshape(batch, length, k.shape[2], -1, d)
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32) * (d**-0.5)
     scores = scores.reshape(batch, heads, length, -1)
+    scores = scores if bias is None else scores + bias
     if seen is not None:
         scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     scores = constrain(scores, BATCH, HEADS, LENGTH, None)
@@ -354,6 +374,8 @@ def lacks(options: ModelOptions, config: Any) -> str:
         options: options of the model.
         config: its architecture.
     """
+    if options.attention != "xla" and getattr(config, "relative", False):
+        return "scores have a term of relative positions"
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return KERNELS[options.attention].lacks(
         options.dtype, size, getattr(config, "attention_dropout", 0.0)

@@ -7,7 +7,7 @@ Sanh et al. 2019 (arXiv:1910.01108).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -16,161 +16,22 @@ import jax.numpy as jnp
 
 from jaxpeft.errors import DataError
 from jaxpeft.models.activations import ACTIVATIONS
-from jaxpeft.models.attention import attend, by_heads
 from jaxpeft.models.base import Family, ModelOptions, Pretrained, option_problems, with_pooling
 from jaxpeft.models.encoder_config import STYLES, TASKS, EncoderConfig, read_config
+from jaxpeft.models.encoder_layers import BertBlock, DistilBertBlock, Embeddings, EncoderPart
 from jaxpeft.models.layers import (
-    LayerNorm,
     dense,
     dropout,
     head_dense,
-    mark_input,
-    mark_product,
     pool,
-    residual_dense,
     run_layers,
 )
-from jaxpeft.models.masks import Mask, Virtual, make_mask, positions, prepend_virtual
-from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, MLP, constrain
+from jaxpeft.models.masks import Mask, Virtual, make_mask, positions
 
 Array = jax.Array
 
 
-class _Part(nn.Module):
-    """A submodule that is built from the config and the options."""
-
-    config: EncoderConfig
-    options: ModelOptions
-
-    def norm(self, name: str, x: Array) -> Array:
-        """Apply a layer norm with this name."""
-        return LayerNorm(self.config.layer_norm_eps, self.options.dtype, name=name)(x)
-
-    def attention(
-        self, x: Array, past: Array | None, mask: Mask, names: tuple[str, str, str]
-    ) -> Array:
-        """Project and attend, `[batch, length, d]` to the same, before the output projection."""
-        c = self.config
-        shape = (*x.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
-        first, *others = (dense(c.hidden_size, name, self.options) for name in names)
-        q, k, v = by_heads(mark_product(y).reshape(shape) for y in first.together(x, *others))
-        k, v = prepend_virtual(self, past, k, v)
-        return attend(self, self.options.attention, q, k, v, mask, c.attention_dropout)
-
-
-class Embeddings(_Part):
-    """Word, position and token-type embeddings, summed and normalized."""
-
-    @nn.compact
-    def __call__(
-        self, input_ids: Array, token_type_ids: Array | None, position_ids: Array, virtual: Virtual
-    ) -> Array:
-        """Return `[batch, length, d]`, with the prompt, if any, in front with token type 0."""
-        c = self.config
-
-        def embed(count: int, name: str, ids: Array) -> Array:
-            return nn.Embed(count, c.embedding_size, dtype=self.options.dtype, name=name)(ids)
-
-        x = virtual.prepend(embed(c.vocab_size, "word_embeddings", input_ids))
-        if c.type_vocab_size:
-            types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
-            types = jnp.pad(types, ((0, 0), (virtual.prompted, 0)))
-            x = x + embed(c.type_vocab_size, "token_type_embeddings", types)
-        x = x + embed(c.max_position_embeddings, "position_embeddings", position_ids)
-        return constrain(
-            dropout(self, c.hidden_dropout, self.norm("LayerNorm", x)), BATCH, LENGTH, HIDDEN
-        )
-
-
-class _SelfAttention(_Part):
-    @nn.compact
-    def __call__(self, x: Array, past: Array | None, mask: Mask) -> Array:
-        return self.attention(x, past, mask, ("query", "key", "value"))
-
-
-class _Output(_Part):
-    """A projection back to the residual stream, with dropout, the sum and the norm."""
-
-    @nn.compact
-    def __call__(self, x: Array, residual: Array) -> Array:
-        out = residual_dense(self.config.hidden_size, "dense", self.options)
-        # a shared module, since an adapter may apply it twice
-        norm = LayerNorm(self.config.layer_norm_eps, self.options.dtype, name="LayerNorm")
-        joined = out.join(dropout(self, self.config.hidden_dropout, out(x)), residual, norm)
-        return mark_product(constrain(joined, BATCH, LENGTH, HIDDEN))
-
-
-class _Attention(_Part):
-    @nn.compact
-    def __call__(self, x: Array, past: Array | None, mask: Mask) -> Array:
-        h = _SelfAttention(self.config, self.options, name="self")(x, past, mask)
-        return _Output(self.config, self.options, name="output")(h, x)
-
-
-class _Intermediate(_Part):
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        wide = mark_product(
-            constrain(
-                dense(self.config.intermediate_size, "dense", self.options)(x), BATCH, LENGTH, MLP
-            )
-        )
-        return ACTIVATIONS[self.config.hidden_act](wide)
-
-
-class BertBlock(_Part):
-    """One layer of BERT or RoBERTa."""
-
-    @nn.compact
-    def __call__(self, x: Array, past: Array | None, mask: Mask) -> tuple[Array, None]:
-        """Run the layer on `[batch, length, d]`."""
-        x = mark_input(x)
-        x = _Attention(self.config, self.options, name="attention")(x, past, mask)
-        h = _Intermediate(self.config, self.options, name="intermediate")(x)
-        return _Output(self.config, self.options, name="output")(h, x), None
-
-
-class _DistilAttention(_Part):
-    @nn.compact
-    def __call__(
-        self, x: Array, past: Array | None, mask: Mask, norm: Callable[[Array], Array]
-    ) -> Array:
-        h = self.attention(x, past, mask, ("q_lin", "k_lin", "v_lin"))
-        out = residual_dense(self.config.hidden_size, "out_lin", self.options)
-        return mark_product(constrain(out.join(out(h), x, norm), BATCH, LENGTH, HIDDEN))
-
-
-class _DistilFeedForward(_Part):
-    @nn.compact
-    def __call__(self, x: Array, norm: Callable[[Array], Array]) -> Array:
-        c = self.config
-        wide = mark_product(
-            constrain(dense(c.intermediate_size, "lin1", self.options)(x), BATCH, LENGTH, MLP)
-        )
-        out = residual_dense(c.hidden_size, "lin2", self.options)
-        joined = out.join(
-            dropout(self, c.hidden_dropout, out(ACTIVATIONS[c.hidden_act](wide))), x, norm
-        )
-        return constrain(joined, BATCH, LENGTH, HIDDEN)
-
-
-class DistilBertBlock(_Part):
-    """One layer of DistilBERT."""
-
-    @nn.compact
-    def __call__(self, x: Array, past: Array | None, mask: Mask) -> tuple[Array, None]:
-        """Run the layer on `[batch, length, d]`."""
-        x = mark_input(x)
-        c, options = self.config, self.options
-        norms = (
-            LayerNorm(c.layer_norm_eps, options.dtype, name=f"{name}_layer_norm")
-            for name in ("sa", "output")
-        )
-        x = _DistilAttention(c, options, name="attention")(x, past, mask, next(norms))
-        return _DistilFeedForward(c, options, name="ffn")(x, next(norms)), None
-
-
-class _Stack(_Part):
+class _Stack(EncoderPart):
     """The module with the layers: `encoder` in BERT, `transformer` in DistilBERT."""
 
     @nn.compact
@@ -181,7 +42,7 @@ class _Stack(_Part):
         return run_layers(block, fields, c.num_hidden_layers, "layer", options, x, past, mask)
 
 
-class _Pooler(_Part):
+class _Pooler(EncoderPart):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         return jnp.tanh(dense(self.config.hidden_size, "dense", self.options)(x[:, 0]))
@@ -219,7 +80,8 @@ class EncoderBackbone(Pretrained):
         batch, length = input_ids.shape
         where = position_ids
         if where is None:
-            _check_length(c, length, virtual.count, segment_ids)
+            if segment_ids is None:
+                c.check_length(length, virtual.count)
             counted = positions(segment_ids, batch, length)
             where = _offset(c, input_ids, counted, segment_ids, by_token=not virtual.prompted)
         if virtual.prompted and segment_ids is not None:
@@ -255,17 +117,6 @@ def _shift_positions(c: EncoderConfig, virtual: Virtual, where: Array) -> Array:
     return jnp.concatenate([prompt, jnp.where(where == c.pad_token_id, where, tokens)], axis=1)
 
 
-def _check_length(c: EncoderConfig, length: int, virtual: int, segment_ids: Array | None) -> None:
-    """Raise an error for rows beyond the position table, for which the lookup would return NaN."""
-    most = c.max_position_embeddings - c.first_position
-    if length + virtual > most and segment_ids is None:
-        more = f" and {virtual} virtual ones" if virtual else ""
-        raise DataError(
-            f"input_ids: a row has {length} tokens{more}, but the {c.kind} model supports at most"
-            f" {most}; truncate the texts"
-        )
-
-
 def _offset(
     c: EncoderConfig, input_ids: Array, counted: Array, segment_ids: Array | None, *, by_token: bool
 ) -> Array:
@@ -285,7 +136,7 @@ def _offset(
     return jnp.cumsum(real, axis=1) * real + c.pad_token_id
 
 
-class TwoLayerHead(_Part):
+class TwoLayerHead(EncoderPart):
     """A classification head of two layers, with tanh between them in RoBERTa."""
 
     labels: int = 2

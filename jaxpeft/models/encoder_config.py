@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jaxpeft.errors import show
+from jaxpeft.errors import DataError, show
 from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.base import MOST_HEADS, MOST_LAYERS, ConfigReader
 
@@ -82,6 +82,24 @@ class EncoderConfig:
         """The position of a row's first token in the position table."""
         return self.pad_token_id + 1 if self.style.offset else 0
 
+    def check_length(self, length: int, virtual: int) -> None:
+        """Raise an error for rows beyond the position table, for which the lookup would return NaN.
+
+        Args:
+            length: number of tokens of a row.
+            virtual: number of virtual positions.
+
+        Raises:
+            DataError: A row is too long.
+        """
+        most = self.max_position_embeddings - self.first_position
+        if length + virtual > most:
+            more = f" and {virtual} virtual ones" if virtual else ""
+            raise DataError(
+                f"input_ids: a row has {length} tokens{more}, but the {self.kind} model supports"
+                f" at most {most}; truncate the texts"
+            )
+
 
 _BERT_DEFAULTS: Mapping[str, Any] = {
     "hidden_act": "gelu",
@@ -106,6 +124,19 @@ STYLES: Mapping[str, Style] = {
         head_act="gelu",
         projection="embeddings_project",
         defaults={**_BERT_DEFAULTS, "embedding_size": 128},
+    ),
+    "deberta-v2": Style(
+        "deberta",
+        defaults={
+            **_BERT_DEFAULTS,
+            "type_vocab_size": 0,
+            "layer_norm_eps": 1e-7,
+            "position_biased_input": True,
+            "pooler_hidden_act": "gelu",
+            "pooler_dropout": 0.0,
+            "conv_act": "tanh",
+            "conv_groups": 1,
+        },
     ),
     "distilbert": Style(
         "distilbert",

@@ -155,6 +155,58 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("bert", {"num_attention_heads": 5}, "num_attention_heads: 5 does not divide hidden_size 32"),
     ("distilbert", {"n_heads": 5}, "n_heads: 5 does not divide dim 32"),
     (
+        "modernbert",
+        {"layer_types": ["full_attention"]},
+        (
+            "layer_types: ['full_attention'] is not supported (supported: full_attention or"
+            " sliding_attention, 3 times)"
+        ),
+    ),
+    (
+        "modernbert",
+        {"rope_parameters": {"rope_type": "default"}},
+        (
+            "rope_parameters: {'rope_type': 'default'} is not supported (supported: a section each"
+            " for full_attention and sliding_attention)"
+        ),
+    ),
+    (
+        "modernbert",
+        {"rope_parameters": {"full_attention": {"rope_type": "snake"}}},
+        "full_attention: rope_parameters: rope_type 'snake' is not supported",
+    ),
+    (
+        "deberta-v2",
+        {"pos_att_type": ["p2p"]},
+        "pos_att_type: ['p2p'] is not supported (supported: c2p, p2c)",
+    ),
+    (
+        "deberta-v2",
+        {"norm_rel_ebd": "rms"},
+        "norm_rel_ebd: 'rms' is not supported (supported: none, layer_norm)",
+    ),
+    ("deberta-v2", {"conv_kernel_size": 4}, "conv_kernel_size: must be odd, is 4"),
+    (
+        "deberta-v2",
+        {"conv_kernel_size": 3, "conv_groups": 5},
+        "conv_groups: 5 does not divide hidden_size 32",
+    ),
+    (
+        "deberta-v2",
+        {"pooler_hidden_size": 16},
+        "pooler_hidden_size: 16 is not supported (supported: 32)",
+    ),
+    (
+        "deberta-v2",
+        {"attention_head_size": 16},
+        "attention_head_size: 16 is not supported (supported: 8)",
+    ),
+    (
+        "modernbert",
+        {"classifier_pooling": "last"},
+        "classifier_pooling: 'last' is not supported (supported: cls, mean)",
+    ),
+    (
         "distilbert",
         {"activation": "snake"},
         "activation: 'snake' is not supported (supported: gelu, gelu_10,",
@@ -253,6 +305,8 @@ def test_the_tree_mirrors_the_names_of_hugging_face(tiny_config, kind, scan_laye
     wanted = {
         "bert": f"bert/encoder/layer/{number}attention/self/query/kernel",
         "xlm-roberta": f"roberta/encoder/layer/{number}attention/self/query/kernel",
+        "modernbert": "model/layers/1/attn_norm/scale",
+        "deberta-v2": f"deberta/encoder/layer/{number}attention/self/query_proj/kernel",
         "electra": "electra/embeddings_project/kernel",
         "camembert": f"roberta/encoder/layer/{number}attention/self/query/kernel",
         "roberta": f"roberta/encoder/layer/{number}attention/output/LayerNorm/scale",

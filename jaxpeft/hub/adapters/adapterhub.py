@@ -41,16 +41,20 @@ _MODULES = {
     "ffn.lin2": "output_adapters",
     "self_attn.o_proj": "attention_adapters",
     "mlp.down_proj": "output_adapters",
+    "attn.Wo": "attention_adapters",
+    "mlp.Wo": "output_adapters",
 }
 """Maps the suffix of a site's name to the module that stores its adapters; the first match applies.
 """
-_ATTENTION = ("attention.output.dense", "attention.out_lin", "self_attn.o_proj")
+_ATTENTION = ("attention.output.dense", "attention.out_lin", "self_attn.o_proj", "attn.Wo")
 _FAMILIES = {
     "bert": "Bert",
     "roberta": "Roberta",
     "xlm-roberta": "XLMRoberta",
     "camembert": "Camembert",
     "electra": "Electra",
+    "modernbert": "ModernBert",
+    "deberta-v2": "DebertaV2",
     "distilbert": "DistilBert",
     "llama": "Llama",
     "mistral": "Mistral",
