@@ -302,7 +302,7 @@ def _head(folder: Path, model: Pretrained, params: Mapping[str, Any]) -> dict[st
         return {}
     if not saved:
         _log.warning("%s: has no %s; the model's own head is kept", folder, HEAD_WEIGHTS)
-        return {name: TensorView(_torch(path, leaf)) for name, (path, leaf) in own.items()}
+        return {name: TensorView(torch_layout(path, leaf)) for name, (path, leaf) in own.items()}
     header, config = read_header(folder / HEAD_WEIGHTS), read_json(folder / HEAD_CONFIG)
     found = _head_problems(config, model, own, saved_here=(folder / EXTRA).is_file())
     if found:
@@ -316,7 +316,7 @@ def _head(folder: Path, model: Pretrained, params: Mapping[str, Any]) -> dict[st
     }
 
 
-def _torch(path: paths.Path, leaf: Any) -> np.ndarray[Any, Any]:
+def torch_layout(path: paths.Path, leaf: Any) -> np.ndarray[Any, Any]:
     """Return a leaf in torch's layout."""
     return np.asarray(leaf).T if path[-1] == "kernel" else np.asarray(leaf)
 
@@ -328,7 +328,7 @@ def _require_same_head(file: Path, params: Mapping[str, Any]) -> None:
     """
     for path, leaf in paths.walk(params):
         if path == ("lm_head", "kernel") or ("lm_head" not in params and path[-1] == "embedding"):
-            base = _torch(path, leaf)
+            base = torch_layout(path, leaf)
             for name, tensor in read_header(file).items():
                 if not np.array_equal(tensor.read().astype(base.dtype), base):
                     raise AdapterError(
