@@ -8,8 +8,10 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import jaxpeft
 from benchmarks.strategies import Case, computed, difference, options_of
@@ -135,13 +137,14 @@ def test_the_default_targets_of_ia3_are_those_of_peft(reference, tmp_path):
     assert_same(ours(model, params), theirs(adapted), theirs(torch_model.model))
 
 
-@pytest.mark.parametrize("switches", [{}, CONV], ids=["plain", "conv"])
-@pytest.mark.parametrize("kind", LINEAR)
+@pytest.mark.parametrize(
+    ("kind", "switches"),
+    [*((kind, {}) for kind in LINEAR), ("deberta-v2", CONV)],
+    ids=[*LINEAR, "convolution"],
+)
 @pytest.mark.parametrize("name", ["lora", "adapter"])
-@pytest.mark.representatives("lora-modernbert-plain", "adapter-deberta-v2-plain")
+@pytest.mark.representatives("lora-convolution", "adapter-modernbert")
 def test_a_saved_adapter_is_the_same_again_and_merges(reference, tmp_path, kind, name, switches):
-    if switches and kind != "deberta-v2":
-        pytest.skip("only DeBERTa has a convolution")
     torch_model = reference(kind, TASK, **switches)
     model, base = torch_model.load()
     method = jaxpeft.Adapter(reduction_factor=4) if name == "adapter" else method_of(kind, name)
@@ -153,6 +156,40 @@ def test_a_saved_adapter_is_the_same_again_and_merges(reference, tmp_path, kind,
     export(ExportRequest(tmp_path / "adapter", "merged", tmp_path / "merged"))
     merged = torch_base(tmp_path / "merged", TASK)
     assert_same(ours(model, params), theirs(merged), theirs(torch_model.model))
+
+
+PRETRAINED = {
+    "xlm-roberta": "XLMRobertaForMaskedLM",
+    "electra": "ElectraForPreTraining",
+    "modernbert": "ModernBertForMaskedLM",
+    "deberta-v2": "DebertaV2ForMaskedLM",
+}
+
+
+@pytest.mark.parametrize("kind", PRETRAINED)
+@pytest.mark.representatives("modernbert")
+def test_a_checkpoint_of_pretraining_gives_its_backbone(tmp_path, kind):
+    import torch
+    import transformers
+
+    made = transformers.AutoConfig.for_model(**tiny_config(kind))
+    torch.manual_seed(0)
+    getattr(transformers, PRETRAINED[kind])(made).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for task in (TASK, "token_classification", "encoder"):
+        labels = None if task == "encoder" else 3
+        _, params = jaxpeft.load(tmp_path, task=task, num_labels=labels, dtype=jnp.float32)
+        read = {paths.hf_names(path, None)[0] for path, _ in paths.walk(params)}
+        for path, leaf in paths.walk(params):
+            name = paths.hf_names(path, None)[0]
+            stored = next((t for key, t in tensors.items() if key.endswith(f".{name}")), None)
+            stored = tensors.get(name, stored)
+            assert stored is not None or paths.is_head(path)
+            if stored is not None:
+                wanted = stored.T if path[-1] == "kernel" else stored
+                np.testing.assert_array_equal(leaf, wanted, err_msg=name)
+        if kind == "modernbert" and task != "encoder":
+            assert {"head.dense.weight", "head.norm.weight"} <= read & tensors.keys()
 
 
 @pytest.mark.slow
