@@ -60,6 +60,11 @@ class DebertaConfig(EncoderConfig):
     pooler_dropout: float
     pooler_act: str
 
+    @property
+    def head_act(self) -> str:
+        """The activation inside of the head."""
+        return self.pooler_act
+
 
 def read_config(
     config: Mapping[str, Any], task: str, problems: Sequence[str] = (), where: str = "config.json"

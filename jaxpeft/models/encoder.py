@@ -146,7 +146,7 @@ class TwoLayerHead(EncoderPart):
         """Map `[batch, d]` to `[batch, labels]`, float32."""
         c = self.config
         x = dropout(self, c.classifier_dropout, x.astype(jnp.float32))
-        x = ACTIVATIONS[c.style.head_act](head_dense(c.hidden_size, "dense")(x))
+        x = ACTIVATIONS[c.head_act](head_dense(c.hidden_size, "dense")(x))
         return head_dense(self.labels, "out_proj")(dropout(self, c.classifier_dropout, x))
 
 
@@ -181,7 +181,7 @@ class EncoderWithHead(Pretrained):
         if sequence and c.style.head == "two_layers":
             return TwoLayerHead(c, options, labels, name="classifier")(x)
         if sequence and c.style.head == "pre_classifier":
-            x = jax.nn.relu(head_dense(c.hidden_size, "pre_classifier")(x))
+            x = ACTIVATIONS[c.head_act](head_dense(c.hidden_size, "pre_classifier")(x))
         return head_dense(labels, "classifier")(dropout(self, c.classifier_dropout, x))
 
 

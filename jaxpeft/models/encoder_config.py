@@ -23,7 +23,7 @@ class Style:
         layers: name of the module with the layers.
         offset: whether positions start after `pad_token_id`, as in RoBERTa.
         head: a sequence classifier's layers before the last one: `none`; `two_layers` inside of
-            `classifier`, with the activation `head_act`; or `pre_classifier`, with ReLU.
+            `classifier`, with the activation `head_act`; or `pre_classifier`.
         head_act: activation inside of the head.
         projection: name of the projection of word embeddings that are narrower than the layers.
         poolings: poolings of a sequence classifier; the first is that of `transformers`.
@@ -76,6 +76,11 @@ class EncoderConfig:
     def own_pooling(self) -> str:
         """The pooling of the sequence classifier in `transformers`."""
         return self.style.poolings[0]
+
+    @property
+    def head_act(self) -> str:
+        """The activation inside of the head."""
+        return self.style.head_act
 
     @property
     def first_position(self) -> int:
@@ -142,6 +147,7 @@ STYLES: Mapping[str, Style] = {
         "distilbert",
         layers="transformer",
         head="pre_classifier",
+        head_act="relu",
         defaults={
             "activation": "gelu",
             "dropout": 0.1,

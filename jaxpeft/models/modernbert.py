@@ -180,7 +180,7 @@ class PredictionHead(_Part):
         c = self.config
         x = head_dense(c.hidden_size, "dense", bias=c.classifier_bias)(x.astype(jnp.float32))
         norm = LayerNorm(c.norm_eps, jnp.float32, c.norm_bias, name="norm")
-        return norm(ACTIVATIONS[c.classifier_act](x))
+        return norm(ACTIVATIONS[c.head_act](x))
 
 
 class ModernBertWithHead(Pretrained):

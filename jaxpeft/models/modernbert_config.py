@@ -50,7 +50,7 @@ class ModernBertConfig:
     num_hidden_layers: int
     num_attention_heads: int
     hidden_act: str
-    classifier_act: str
+    head_act: str
     max_position_embeddings: int
     norm_eps: float
     norm_bias: bool
@@ -96,7 +96,7 @@ def read_config(
         num_hidden_layers=layers,
         num_attention_heads=reader.integer("num_attention_heads", most=MOST_HEADS),
         hidden_act=reader.one_of("hidden_activation", ACTIVATIONS),
-        classifier_act=reader.one_of("classifier_activation", ACTIVATIONS),
+        head_act=reader.one_of("classifier_activation", ACTIVATIONS),
         max_position_embeddings=reader.integer("max_position_embeddings"),
         norm_eps=reader.number("norm_eps"),
         norm_bias=reader.flag("norm_bias"),

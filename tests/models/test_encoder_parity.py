@@ -105,7 +105,6 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     "roberta-sequence*",
     "roberta-encoder",
     "distilbert-sequence*",
-    "xlm-roberta-token*",
 )
 def test_every_task(parity, kind, task):
     parity(kind, task)
@@ -124,13 +123,13 @@ def test_every_task(parity, kind, task):
     "roberta-pad-token",
     "electra-hidden-act",
     "modernbert-ropes",
-    "deberta-v2-c2p",
     "deberta-v2-conv-groups",
 )
 def test_a_sequence_classifier_with_a_switch(parity, kind, switches):
     parity(kind, SEQUENCES, **switches)
 
 
+@pytest.mark.slow
 def test_the_first_token_of_a_modernbert(reference, padded):
     torch_model = reference("modernbert", SEQUENCES, classifier_pooling="cls")
     model, params = torch_model.load()
@@ -145,6 +144,7 @@ def test_token_types(parity, padded, kind):
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "modernbert"])
+@pytest.mark.representatives("bert", "roberta", "distilbert")
 def test_position_ids(parity, padded, kind):
     positions = (np.arange(padded[0].ids.shape[1])[None] + np.array([[2], [5], [20]])).astype(
         np.int32

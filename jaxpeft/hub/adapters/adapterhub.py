@@ -342,7 +342,7 @@ def _head_modules(own: Mapping[str, Any]) -> list[str]:
     """Return the linear modules of the model's head in the order in which they are applied."""
     return sorted(
         {name.rpartition(".")[0] for name in own},
-        key=lambda name: (not name.startswith("pre_"), name),
+        key=lambda name: (name.split(".")[0] in ("classifier", "score"), name),
     )
 
 
@@ -355,7 +355,7 @@ def _head_problems(
     """
     task, head, usual = model.options.task, config.get("config"), model.config.own_pooling
     if isinstance(head, Mapping):
-        found, reads = _layer_problems(head, task, _head_modules(own)), usual
+        found, reads = _layer_problems(head, model, _head_modules(own)), usual
         if usual != "last":
             reads = "pooler" if head.get("use_pooler") else "cls"
     else:  # the head of a transformers model class
@@ -375,9 +375,12 @@ def _head_problems(
     return found
 
 
-def _layer_problems(head: Mapping[str, Any], task: str, modules: Sequence[str]) -> list[str]:
+def _layer_problems(
+    head: Mapping[str, Any], model: Pretrained, modules: Sequence[str]
+) -> list[str]:
     """List the differences between the layers of the library's head and the model's."""
     found: list[str] = []
+    task = model.options.task
     if head.get("head_type") not in _HEAD_TYPES[task]:
         found.append(f"head_type: {head.get('head_type')!r} is not a head for {task}")
     if head.get("layers") != len(modules):
@@ -385,7 +388,7 @@ def _layer_problems(head: Mapping[str, Any], task: str, modules: Sequence[str]) 
             f"layers: the head has {head.get('layers')}, the model's has {len(modules)}"
             f" ({', '.join(modules)})"
         )
-    act = "relu" if "pre_classifier" in modules else "tanh"
+    act = getattr(model.config, "head_act", None)
     if len(modules) > 1 and head.get("activation_function") != act:
         found.append(
             f"activation_function: is {head.get('activation_function')!r}, the model's head has"

@@ -91,7 +91,7 @@ def assert_same(found: Any, wanted: Any, plain: Any) -> None:
 
 
 @every_case
-@pytest.mark.representatives("modernbert-lora", "deberta-v2-dora")
+@pytest.mark.representatives("modernbert-lora")
 def test_peft_gives_the_logits_of_what_jaxpeft_saved(reference, tmp_path, kind, name):
     torch_model, method = based(reference, kind, name), method_of(kind, name)
     model, base = torch_model.load(scan_layers=True)
@@ -102,7 +102,7 @@ def test_peft_gives_the_logits_of_what_jaxpeft_saved(reference, tmp_path, kind, 
 
 
 @every_case
-@pytest.mark.representatives("electra-lora", "deberta-v2-prompt")
+@pytest.mark.slow
 def test_jaxpeft_gives_the_logits_of_what_peft_saved(reference, tmp_path, kind, name):
     torch_model = based(reference, kind, name)
     _, config, options = METHODS[name]
@@ -143,7 +143,7 @@ def test_the_default_targets_of_ia3_are_those_of_peft(reference, tmp_path):
     ids=[*LINEAR, "convolution"],
 )
 @pytest.mark.parametrize("name", ["lora", "adapter"])
-@pytest.mark.representatives("lora-convolution", "adapter-modernbert")
+@pytest.mark.representatives("lora-convolution")
 def test_a_saved_adapter_is_the_same_again_and_merges(reference, tmp_path, kind, name, switches):
     torch_model = reference(kind, TASK, **switches)
     model, base = torch_model.load()
@@ -208,8 +208,8 @@ def test_other_tasks_merge(reference, tmp_path, kind, task):
     assert merged.difference([BATCH], model, params) <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LINEAR)
-@pytest.mark.representatives("deberta-v2")
 def test_an_nf4_base_computes_with_its_rounded_kernels(reference, kind):
     torch_model = reference(kind, TASK)
     model, base = torch_model.load(quant="nf4", scan_layers=True)
