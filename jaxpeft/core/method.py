@@ -69,9 +69,16 @@ class Call:
         if self.rows is None:
             return fn(self.leaves, *arrays)
         import jax
+        import jax.numpy as jnp
 
         own = {key: leaf[self.rows] for key, leaf in self.leaves.items()}
-        return jax.vmap(fn)(own, *arrays)
+        rows = len(self.rows)
+        # an input that all rows share, such as a table of positions, has a batch axis of 1
+        each = (
+            jnp.broadcast_to(x, (rows, *x.shape[1:])) if x.shape[0] == 1 and rows > 1 else x
+            for x in arrays
+        )
+        return jax.vmap(fn)(own, *each)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,4 +99,6 @@ def is_head(path: Path) -> bool:
     return path[0] in HEAD_MODULES
 
 
-HEAD_MODULES = frozenset({"classifier", "score", "pre_classifier"})
+PRETRAINED_HEADS = frozenset({"head", "pooler"})
+"""Head modules that pretraining may have trained; other models have them inside their backbone."""
+HEAD_MODULES = frozenset({"classifier", "score", "pre_classifier"}) | PRETRAINED_HEADS

@@ -244,13 +244,11 @@ def _pooler(model: Pretrained) -> dict[str, Tensor]:
     """Return the base's pooler, which some `transformers` classes require although jaxpeft does
     not use it.
     """
-    family = next(
-        (f for f in FAMILIES.values() if f.model_types[0] == getattr(model.config, "kind", None)),
-        None,
-    )
+    family = FAMILIES.get(getattr(model.config, "kind", ""))
     task = model.options.task
     if family is None or not (
-        task == "encoder" or (task == "sequence_classification" and family.own_pooler)
+        any(re.fullmatch(pattern, "pooler.dense.weight") for pattern in family.optional)
+        and (task == "encoder" or (task == "sequence_classification" and family.own_pooler))
     ):
         return {}
     prefix = "" if task == "encoder" else f"{family.prefix}."

@@ -45,8 +45,7 @@ def logits(model: Pretrained, params: Tree, method: Method | None = None) -> np.
     """
     rng = np.random.default_rng(_SEED)
     virtual = training_hooks.virtual_positions(method) if method else 0
-    roberta = getattr(model.config, "kind", None) == "roberta"
-    offset = model.config.pad_token_id + 1 if roberta else 0  # RoBERTa's first position id
+    offset = getattr(model.config, "first_position", 0)
     length = max(1, min(LENGTH, model.config.max_position_embeddings - virtual - offset))
     ids = rng.integers(0, model.config.vocab_size, (ROWS, length)).astype(np.int32)
     ids[0, -2:] = model.config.vocab_size - np.arange(1, 1 + min(2, length))

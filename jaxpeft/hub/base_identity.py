@@ -103,7 +103,8 @@ def _line(line: str, family: Family, tied: bool) -> str | None:
     name, found = line.rsplit(" ", 1)
     plain = plain_name(name, family)
     unread = any(re.fullmatch(pattern, plain) for pattern in family.ignored)
-    if unread or paths.is_head(tuple(plain.split("."))):
+    own = any(re.fullmatch(pattern, plain) for pattern in family.optional)
+    if unread or (paths.is_head(tuple(plain.split("."))) and not own):
         return None
     return f"{family.embedding if tied and plain == 'lm_head.weight' else plain} {found}"
 

@@ -83,6 +83,8 @@ class IA3(Targeted):
         "value",
         "k_lin",
         "v_lin",
+        "key_proj",
+        "value_proj",
         "k",
         "v",
         "c_attn",

@@ -60,6 +60,9 @@ class LNTuning(Selected):
         "LayerNorm",
         "sa_layer_norm",
         "output_layer_norm",
+        "attn_norm",
+        "mlp_norm",
+        "final_norm",
     )
 
     targets: str | tuple[str, ...] = option(

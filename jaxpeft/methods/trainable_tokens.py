@@ -67,7 +67,7 @@ class TrainableTokens(Targeted):
         type="TRAINABLE_TOKENS",
         options={"token_indices": "tokens", "target_modules": "targets"},
     )
-    usual_targets: ClassVar[tuple[str, ...]] = ("embed_tokens", "word_embeddings")
+    usual_targets: ClassVar[tuple[str, ...]] = ("embed_tokens", "word_embeddings", "tok_embeddings")
 
     tokens: tuple[int, ...] = option((), "ids of the tokens", at_least=0)
     targets: str | tuple[str, ...] = option(

@@ -28,7 +28,10 @@ from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 
 TABLE = "prompt_embeddings"
-_KEYS, _WORDS = ("k_proj", "key", "k_lin"), ("embed_tokens", "word_embeddings", "wte")
+_KEYS, _WORDS = (
+    ("k_proj", "key", "k_lin"),
+    ("embed_tokens", "word_embeddings", "tok_embeddings", "wte"),
+)
 _JOINT = {"qkv_proj": "o_proj", "Wqkv": "Wo"}
 """Projections to queries, keys and values together, with the projection after attention."""
 
@@ -53,7 +56,7 @@ class VirtualTokensFormat(PeftFormat[M]):
     def base_sizes(self, method: M, params: Leaves, config: Any) -> dict[str, Any]:
         """Return the sizes of the base that PEFT requires."""
         width = word_embedding(params).shape[1]
-        sizes = {"token_dim": width, "num_layers": layers_and_width(params)[0]}
+        sizes = {"token_dim": width, "num_layers": config.num_hidden_layers}
         return {
             **sizes,
             "num_attention_heads": config.num_attention_heads,

@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxpeft.errors import ConfigError, show
-from jaxpeft.models import decoder, encoder
+from jaxpeft.models import deberta, decoder, encoder, modernbert
 from jaxpeft.models.base import Family, ModelOptions, Pretrained
 
-_ALL: tuple[Family, ...] = (decoder.FAMILY, encoder.BERT, encoder.ROBERTA, encoder.DISTILBERT)
+_ALL: tuple[Family, ...] = (
+    decoder.FAMILY,
+    *encoder.FAMILIES,
+    modernbert.FAMILY,
+    deberta.FAMILY,
+)
 
 FAMILIES: Mapping[str, Family] = {
     model_type: family for family in _ALL for model_type in family.model_types

@@ -61,6 +61,7 @@ def attend(
     dropout_rate: float = 0.0,
     cached: tuple[Array, Array] | None = None,
     scoring: Scoring = Scoring(),  # noqa: B008 - frozen
+    bias: Array | None = None,
 ) -> Array:
     """Scaled dot-product attention; several query heads may share a key head (Ainslie et al. 2023).
 
@@ -75,6 +76,8 @@ def attend(
         cached: keys and values `[batch, kv_heads, slots, d]` of a KV cache, before `k` and `v` in
             the mask's order; or None.
         scoring: how scores become logits.
+        bias: float32 `[batch, heads, query, key]`, added to the logits by the kernel `xla`, which
+            is then used; or None.
 
     Returns:
         `[batch, query, heads * d]`.
@@ -86,11 +89,14 @@ def attend(
     if spread and kernel != "xla":
         kernel = "chunked"
     chosen = KERNELS[kernel]
-    if chosen.lacks(q.dtype, q.shape[-1], rate, scoring) or not chosen.takes(q, k, mask):
+    fits = bias is None and chosen.takes(q, k, mask)
+    if not fits or chosen.lacks(q.dtype, q.shape[-1], rate, scoring):
         kernel = "xla"
     drop = partial(dropout, module, dropout_rate)
     if kernel == "xla" and spread:
-        out = _xla_by_positions(q, k, v, mask, drop, scoring)
+        out = _xla_by_positions(q, k, v, mask, drop, scoring, bias)
+    elif bias is not None:
+        out = _xla(q, k, v, mask, drop, scoring, bias)
     elif kernel == "xla" or mesh_of() is None:
         out = KERNELS[kernel].compute(q, k, v, mask, drop, scoring)
     else:
@@ -123,6 +129,7 @@ def _xla(
     mask: Mask,
     drop: Callable[[Array], Array],
     scoring: Scoring = Scoring(),  # noqa: B008 - frozen
+    bias: Array | None = None,
 ) -> Array:
     batch, length, heads, d = q.shape
     seen = mask.to_array(length)
@@ -133,6 +140,7 @@ def _xla(
     q = q.reshape(batch, kv_heads, heads // kv_heads * length, d)
     scores = jnp.einsum("bhtd,bhsd->bhts", q, k, preferred_element_type=jnp.float32)
     scores = scoring.logits(scores, d).reshape(batch, heads, length, keys)
+    scores = scores if bias is None else scores + bias
     if seen is not None:
         scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     weights = drop(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
@@ -179,6 +187,7 @@ def _xla_by_positions(
     mask: Mask,
     drop: Callable[[Array], Array],
     scoring: Scoring = Scoring(),  # noqa: B008 - frozen
+    bias: Array | None = None,
 ) -> Array:
     """Attend with positions sharded over devices: local queries, and keys and values of all
     positions.
@@ -190,6 +199,7 @@ def _xla_by_positions(
     q = q.reshape(batch, length, k.shape[2], -1, d)
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k, preferred_element_type=jnp.float32)
     scores = scoring.logits(scores, d).reshape(batch, heads, length, -1)
+    scores = scores if bias is None else scores + bias
     if seen is not None:
         scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     scores = constrain(scores, BATCH, HEADS, LENGTH, None)
@@ -398,6 +408,8 @@ def lacks(options: ModelOptions, config: Any) -> str:
         options: options of the model.
         config: its architecture.
     """
+    if options.attention != "xla" and getattr(config, "relative", False):
+        return "scores have a term of relative positions"
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return KERNELS[options.attention].lacks(
         options.dtype,

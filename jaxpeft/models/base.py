@@ -89,6 +89,7 @@ class Family:
         own_pooler: name of a pooler tensor that the architecture's own pooling needs, if any.
         embedding: suffix of the word embedding's tensor name.
         fields: names in `config.json` of config fields, where they differ.
+        pretrained_heads: head modules that a checkpoint may have without the others.
     """
 
     model_types: tuple[str, ...]
@@ -100,6 +101,7 @@ class Family:
     own_pooler: str | None = None
     embedding: str = "word_embeddings.weight"
     fields: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    pretrained_heads: tuple[str, ...] = ()
 
 
 class ConfigReader:

@@ -42,23 +42,27 @@ class RMSNorm(nn.Module):
 
 class LayerNorm(nn.Module):
     """`scale * (x - mean) / sqrt(var + eps) + bias` over the last axis, computed in float32 (Ba et
-    al. 2016).
+    al. 2016); `bias` may be absent.
     """
 
     eps: float
     dtype: Any
+    with_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Normalize `[..., d]`; the result has the dtype of the activations."""
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
         x = x.astype(jnp.float32)
         centered = x - jnp.mean(x, -1, keepdims=True)
         normal = centered * jax.lax.rsqrt(
             jnp.mean(jnp.square(centered), -1, keepdims=True) + self.eps
         )
-        return (normal * scale.astype(jnp.float32) + bias.astype(jnp.float32)).astype(self.dtype)
+        out = normal * scale.astype(jnp.float32)
+        if self.with_bias:
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), jnp.float32)
+            out = out + bias.astype(jnp.float32)
+        return out.astype(self.dtype)
 
 
 def dropout(module: nn.Module, rate: float, x: Array) -> Array:

@@ -94,7 +94,7 @@ def plan_strategies(request: PlanRequest) -> Plan:
         devices=request.topology.size,
         chip=dataclasses.asdict(request.topology.chip),
         length=config.data.max_length,
-        layers="scanned" if request.scan else "unrolled",
+        layers="scanned" if run.model.options.scan_layers else "unrolled",
         programs=_programs(request.topology),
         seconds=round(time.perf_counter() - began, 1),
         cpu_seconds=round(time.process_time() - cpu_began, 1),

@@ -89,20 +89,24 @@ class Rules:
 
 _BOTH = (TENSOR, FSDP)
 _COLUMNS = (
-    # decoders, DistilBERT
+    # decoders, DistilBERT, ModernBERT
     r"(.*/)?(q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|q_lin|k_lin|v_lin|lin1)",
-    r"(.*/)?(attention/self/(query|key|value)|intermediate/dense)",  # BERT, RoBERTa
+    r"(.*/)?(Wqkv|Wi)",
+    r"(.*/)?(attention/self/(query|key|value)|intermediate/dense)",  # BERT and its kind
+    r"(.*/)?attention/self/(pos_)?(query|key|value)_proj",  # DeBERTa
 )
-_ROWS = (r"(.*/)?(o_proj|down_proj|out_lin|lin2)", r"(.*/)?output/dense")
+_ROWS = (r"(.*/)?(o_proj|down_proj|out_lin|lin2|Wo)", r"(.*/)?output/dense")
 TABLE: tuple[Rule, ...] = (
     *(Rule(f"{module}/kernel", ((), _BOTH)) for module in _COLUMNS),
     *(Rule(f"{module}/bias", ((TENSOR,),)) for module in _COLUMNS),
     *(Rule(f"{module}/kernel", ((TENSOR,), (FSDP,))) for module in _ROWS),
     # shard the width: if the vocabulary is sharded, XLA makes every device look up all rows and
     # all-reduces them (512 MiB on v5e:4x4, here none)
-    Rule(r"(.*/)?(embed_tokens|word_embeddings)/embedding", ((TENSOR,), (FSDP,))),
+    Rule(r"(.*/)?(embed_tokens|(word|tok)_embeddings)/embedding", ((TENSOR,), (FSDP,))),
     Rule(r"(.*/)?lm_head/kernel", ((), _BOTH)),
-    Rule(r"(.*/)?pooler/dense/kernel", ((), (FSDP,))),
+    Rule(r"(.*/)?((pooler|head)/dense|conv/conv)/kernel", ((), (FSDP,))),
+    Rule(r"(.*/)?(embeddings_project|embed_proj)/kernel", ((), (FSDP,))),
+    Rule(r"(.*/)?rel_embeddings/embedding", ((), (FSDP,))),
     Rule(r"(.*/)?(position|token_type)_embeddings/embedding"),
     Rule(r"(classifier|score|pre_classifier)/.*"),
     Rule(r"(.*/)?(scale|bias)"),

@@ -180,7 +180,7 @@ def test_a_tree_without_keys_or_words_is_refused() -> None:
     for name in ("prompt", "lstm"):
         with pytest.raises(
             ConfigError,
-            match=r"word embedding \(embed_tokens, word_embeddings, wte\) is not in the tree",
+            match=r"word embedding \(embed_tokens, word_embeddings, tok_embeddings, wte\) is not in",
         ):
             jaxpeft.rewrite(METHODS[name], {"a": {"key": kernel}}, jax.random.key(0))
 

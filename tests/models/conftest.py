@@ -66,6 +66,22 @@ _DISTILBERT: Mapping[str, Any] = {
     "max_position_embeddings": 40,
     "pad_token_id": PAD,
 }
+_MODERNBERT: Mapping[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "global_attn_every_n_layers": 2,
+    "local_attention": 6,
+    "classifier_pooling": "mean",  # torch gives zeros where a window has no token
+    "pad_token_id": PAD,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+    "cls_token_id": 2,
+    "sep_token_id": 3,
+}
 _TINY: Mapping[str, Mapping[str, Any]] = {
     "llama": _DECODER,
     "mistral": _DECODER,
@@ -83,7 +99,20 @@ _TINY: Mapping[str, Mapping[str, Any]] = {
     "smollm3": {**_DECODER, "num_hidden_layers": 4},
     "bert": _BERT,
     "roberta": _BERT,
+    "xlm-roberta": _BERT,
+    "camembert": _BERT,
+    "electra": {**_BERT, "embedding_size": 16},
     "distilbert": _DISTILBERT,
+    "modernbert": _MODERNBERT,
+    "deberta-v2": {
+        **_BERT,
+        "relative_attention": True,
+        "position_buckets": 8,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+    },
 }
 
 

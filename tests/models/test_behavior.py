@@ -13,15 +13,22 @@ import jaxpeft
 from jaxpeft.errors import DataError
 from jaxpeft.models.masks import positions
 from tests.models.conftest import forward
+from tests.models.test_encoder_parity import ENCODERS
 
-ALL = ("llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "distilbert")
+ALL = ("llama", "mistral", "qwen2", "qwen3", *ENCODERS)
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 SWITCHES = {"mistral": {"sliding_window": 4}, "qwen2": WINDOWED, "qwen3": WINDOWED}
 TASK = "token_classification"
 QUICK = {
     "xla_backend_optimization_level": 0
 }  # programs with gradients or dropout compile in half the time
-RUNS = [*((kind, False) for kind in ALL), ("qwen3", True), ("bert", True), ("distilbert", True)]
+RUNS = [
+    *((kind, False) for kind in ALL),
+    ("qwen3", True),
+    ("bert", True),
+    ("distilbert", True),
+    ("deberta-v2", True),
+]
 """Every architecture unrolled, and one of each kind of block scanned;
 `test_scanned_and_unrolled...` joins the two.
 """
@@ -48,7 +55,7 @@ def assert_close(a, b, tolerance):
     )
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen3", "bert", "distilbert"])
+@pytest.mark.parametrize("kind", ["mistral", "qwen3", "bert", "distilbert", "deberta-v2"])
 @pytest.mark.representatives("bert", "mistral")
 def test_scanned_and_unrolled_layers_agree_in_loss_and_gradient(load, padded, kind):
     losses, gradients = zip(
@@ -140,7 +147,8 @@ def test_positions_start_anew_in_each_segment():
 @pytest.mark.representatives("bert-True", "qwen3-False", "distilbert-False", "roberta-False")
 def test_dropout_needs_a_key_and_differs_by_it(reference, padded, kind, scan_layers):
     decoder = {"attention_dropout": 0.5, "classifier_dropout": 0.0}
-    switches = SWITCHES.get(kind, {}) | ({} if "bert" in kind else decoder)
+    own = kind in ENCODERS and kind != "modernbert"  # whose rates are not zero by default
+    switches = SWITCHES.get(kind, {}) | ({} if own else decoder)
     model, params = reference(kind, TASK, **switches).load(scan_layers=scan_layers)
 
     def forward(rngs):
@@ -171,6 +179,7 @@ def test_a_row_of_padding_alone_gives_numbers_and_finite_gradients(load, padded,
 
 
 @pytest.mark.parametrize("kind", ALL)
+@pytest.mark.representatives("llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "distilbert")
 def test_a_mask_may_be_bools_and_absent(load, padded, kind):
     model, params = load(kind)
     ids = padded[0].ids

@@ -12,6 +12,17 @@ from jaxpeft.errors import DataError
 
 SEQUENCES, TOKENS, HIDDEN = "sequence_classification", "token_classification", "encoder"
 
+ENCODERS = (
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "electra",
+    "distilbert",
+    "modernbert",
+    "deberta-v2",
+)
+
 _BERT_SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ("hidden-act", {"hidden_act": "relu"}),
     ("gelu-new", {"hidden_act": "gelu_new"}),
@@ -28,9 +39,54 @@ _BERT_SWITCHES: list[tuple[str, dict[str, Any]]] = [
     ),
     ("chunked", {"chunk_size_feed_forward": 4}),
 ]
+_BIASES = ("norm_bias", "attention_bias", "mlp_bias", "classifier_bias")
+_SLIDING = "sliding_attention"
+_ROPES = {
+    "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 50.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 9.0},
+}
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     *(("bert", name, switches) for name, switches in _BERT_SWITCHES),
     *(("roberta", name, switches) for name, switches in _BERT_SWITCHES),
+    *(("xlm-roberta", name, switches) for name, switches in _BERT_SWITCHES),
+    *(("electra", name, switches) for name, switches in _BERT_SWITCHES),
+    ("electra", "wide", {"embedding_size": 32}),
+    ("modernbert", "biases", dict.fromkeys(_BIASES, True)),
+    ("modernbert", "acts", {"hidden_activation": "relu", "classifier_activation": "gelu_new"}),
+    ("modernbert", "eps", {"norm_eps": 0.1}),
+    ("modernbert", "no-window", {"global_attn_every_n_layers": 1}),
+    ("modernbert", "wide-window", {"local_attention": 13}),
+    ("modernbert", "layer-types", {"layer_types": [_SLIDING, _SLIDING, "full_attention"]}),
+    ("modernbert", "thetas", {"global_rope_theta": 50.0, "local_rope_theta": 7.0}),
+    ("modernbert", "ropes", {"rope_parameters": _ROPES}),
+    (
+        "modernbert",
+        "dropouts",
+        {"attention_dropout": 0.3, "mlp_dropout": 0.3, "embedding_dropout": 0.3},
+    ),
+    *(
+        ("deberta-v2", name, switches)
+        for name, switches in (
+            ("acts", {"hidden_act": "relu", "pooler_hidden_act": "tanh"}),
+            ("eps", {"layer_norm_eps": 0.1}),
+            ("absolute", {"position_biased_input": True}),
+            ("types", {"type_vocab_size": 2}),
+            ("own-projections", {"share_att_key": False}),
+            ("c2p", {"pos_att_type": "c2p"}),
+            ("p2c", {"pos_att_type": ["p2c"], "share_att_key": False}),
+            ("plain-table", {"norm_rel_ebd": "none"}),
+            ("no-buckets", {"position_buckets": -1, "max_relative_positions": 5}),
+            ("many-buckets", {"position_buckets": 64, "max_relative_positions": 24}),
+            ("absolute-only", {"relative_attention": False, "position_biased_input": True}),
+            ("narrow", {"embedding_size": 16, "position_biased_input": True}),
+            ("conv", {"conv_kernel_size": 3, "conv_act": "gelu"}),
+            ("conv-groups", {"conv_kernel_size": 5, "conv_groups": 4}),
+            (
+                "dropouts",
+                {"hidden_dropout_prob": 0.3, "pooler_dropout": 0.3, "cls_dropout": 0.2},
+            ),
+        )
+    ),
     ("distilbert", "activation", {"activation": "relu"}),
     ("distilbert", "sinusoidal", {"sinusoidal_pos_embds": True}),
     ("distilbert", "pad-token", {"pad_token_id": 5}),
@@ -43,9 +99,12 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("task", [SEQUENCES, TOKENS, HIDDEN])
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("kind", ENCODERS)
 @pytest.mark.representatives(
-    "bert-token*", "roberta-sequence*", "roberta-encoder", "distilbert-sequence*"
+    "bert-token*",
+    "roberta-sequence*",
+    "roberta-encoder",
+    "distilbert-sequence*",
 )
 def test_every_task(parity, kind, task):
     parity(kind, task)
@@ -62,9 +121,20 @@ def test_every_task(parity, kind, task):
     "distilbert-sinusoidal",
     "distilbert-activation",
     "roberta-pad-token",
+    "electra-hidden-act",
+    "modernbert-ropes",
+    "deberta-v2-conv-groups",
 )
 def test_a_sequence_classifier_with_a_switch(parity, kind, switches):
     parity(kind, SEQUENCES, **switches)
+
+
+@pytest.mark.slow
+def test_the_first_token_of_a_modernbert(reference, padded):
+    torch_model = reference("modernbert", SEQUENCES, classifier_pooling="cls")
+    model, params = torch_model.load()
+    assert model.options.pooling == "cls"
+    assert torch_model.difference(padded[:2], model, params) <= 1e-4
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -73,7 +143,8 @@ def test_token_types(parity, padded, kind):
     parity(kind, TOKENS, inputs={"token_type_ids": types})
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "modernbert"])
+@pytest.mark.representatives("bert", "roberta", "distilbert")
 def test_position_ids(parity, padded, kind):
     positions = (np.arange(padded[0].ids.shape[1])[None] + np.array([[2], [5], [20]])).astype(
         np.int32

@@ -12,6 +12,7 @@ import pytest
 from jaxpeft import models
 from jaxpeft.errors import ConfigError
 from jaxpeft.models.base import ModelOptions
+from tests.models.test_encoder_parity import ENCODERS
 
 
 def build(config: dict[str, Any], task: str = "encoder", **options: Any) -> Any:
@@ -184,6 +185,58 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("bert", {"num_attention_heads": 5}, "num_attention_heads: 5 does not divide hidden_size 32"),
     ("distilbert", {"n_heads": 5}, "n_heads: 5 does not divide dim 32"),
     (
+        "modernbert",
+        {"layer_types": ["full_attention"]},
+        (
+            "layer_types: ['full_attention'] is not supported (supported: full_attention or"
+            " sliding_attention, 3 times)"
+        ),
+    ),
+    (
+        "modernbert",
+        {"rope_parameters": {"rope_type": "default"}},
+        (
+            "rope_parameters: {'rope_type': 'default'} is not supported (supported: a section each"
+            " for full_attention and sliding_attention)"
+        ),
+    ),
+    (
+        "modernbert",
+        {"rope_parameters": {"full_attention": {"rope_type": "snake"}}},
+        "full_attention: rope_parameters: rope_type 'snake' is not supported",
+    ),
+    (
+        "deberta-v2",
+        {"pos_att_type": ["p2p"]},
+        "pos_att_type: ['p2p'] is not supported (supported: c2p, p2c)",
+    ),
+    (
+        "deberta-v2",
+        {"norm_rel_ebd": "rms"},
+        "norm_rel_ebd: 'rms' is not supported (supported: none, layer_norm)",
+    ),
+    ("deberta-v2", {"conv_kernel_size": 4}, "conv_kernel_size: must be odd, is 4"),
+    (
+        "deberta-v2",
+        {"conv_kernel_size": 3, "conv_groups": 5},
+        "conv_groups: 5 does not divide hidden_size 32",
+    ),
+    (
+        "deberta-v2",
+        {"pooler_hidden_size": 16},
+        "pooler_hidden_size: 16 is not supported (supported: 32)",
+    ),
+    (
+        "deberta-v2",
+        {"attention_head_size": 16},
+        "attention_head_size: 16 is not supported (supported: 8)",
+    ),
+    (
+        "modernbert",
+        {"classifier_pooling": "last"},
+        "classifier_pooling: 'last' is not supported (supported: cls, mean)",
+    ),
+    (
         "distilbert",
         {"activation": "snake"},
         "activation: 'snake' is not supported (supported: gelu, gelu_10,",
@@ -235,7 +288,7 @@ def test_an_unknown_architecture_names_the_known_ones_and_invites_no_edit(kind):
         assert str(caught.value).endswith(f", the nearest of which is {nearest[kind]}")
 
 
-@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("kind", ENCODERS)
 def test_an_encoder_is_no_language_model(tiny_config, kind):
     with pytest.raises(
         ConfigError,
@@ -273,9 +326,7 @@ def test_what_does_not_change_the_numbers_is_not_refused(tiny_config, field):
     build(tiny_config("llama", **{field: 3}))
 
 
-@pytest.mark.parametrize(
-    "kind", ["llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "distilbert"]
-)
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", *ENCODERS])
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_the_tree_mirrors_the_names_of_hugging_face(tiny_config, kind, scan_layers):
     from jaxpeft.core import paths
@@ -288,6 +339,11 @@ def test_the_tree_mirrors_the_names_of_hugging_face(tiny_config, kind, scan_laye
     number = "" if scan_layers else "1/"
     wanted = {
         "bert": f"bert/encoder/layer/{number}attention/self/query/kernel",
+        "xlm-roberta": f"roberta/encoder/layer/{number}attention/self/query/kernel",
+        "modernbert": "model/layers/1/attn_norm/scale",
+        "deberta-v2": f"deberta/encoder/layer/{number}attention/self/query_proj/kernel",
+        "electra": "electra/embeddings_project/kernel",
+        "camembert": f"roberta/encoder/layer/{number}attention/self/query/kernel",
         "roberta": f"roberta/encoder/layer/{number}attention/output/LayerNorm/scale",
         "distilbert": f"distilbert/transformer/layer/{number}attention/q_lin/kernel",
     }.get(kind, f"model/layers/{number}self_attn/q_proj/kernel")

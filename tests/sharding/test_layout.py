@@ -30,9 +30,10 @@ from jaxpeft.sharding.rules import sharding_rules
 from jaxpeft.sharding.sizes import STRATEGIES
 from jaxpeft.transforms.rewrite import rewrite
 from tests.models.conftest import tiny_config
+from tests.models.test_encoder_parity import ENCODERS
 
 GOLDEN = Path(__file__).parent / "golden"
-KINDS = ("llama", "mistral", "qwen2", "qwen3", "bert", "roberta", "distilbert")
+KINDS = ("llama", "mistral", "qwen2", "qwen3", *ENCODERS)
 BOTH: dict[str, Any] = {"strategy": "fsdp_tensor", "fsdp": 4, "tensor": 2}
 
 
@@ -94,6 +95,20 @@ def test_every_leaf_of_every_family_is_covered(kind: str, scan: bool) -> None:
     assert kernels
     for path, spec in kernels.items():
         assert set(jax.tree.leaves(tuple(spec))) == {"fsdp", "tensor"}, path
+
+
+SMALL = r"(.*/)?((position|token_type)_embeddings|(pre_)?classifier)/.*|.*/(scale|bias)"
+CONVOLVED = tiny_config("deberta-v2", conv_kernel_size=3, share_att_key=False, embedding_size=16)
+
+
+@pytest.mark.parametrize(
+    "config", [*map(tiny_config, ENCODERS), CONVOLVED], ids=[*ENCODERS, "convolved"]
+)
+def test_fsdp_shards_every_table_and_matrix_of_an_encoder(config: Any) -> None:
+    config = {**config, "vocab_size": 96}
+    for path, spec in found(abstract(config, None), None, strategy="fsdp").items():
+        if not re.fullmatch(SMALL, path):
+            assert "fsdp" in jax.tree.leaves(tuple(spec)), path
 
 
 @pytest.mark.parametrize("form", QUANTIZED)

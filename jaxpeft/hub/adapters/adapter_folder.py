@@ -33,7 +33,7 @@ _HEAD = re.compile(
     r"(?:^|\.)(?:classifier|classifier\.out_proj|score)(?:\.modules_to_save(?:\.default)?)?\.weight$"
 )
 _EMBEDDING = re.compile(
-    r"\.(?:embed_tokens|word_embeddings)"
+    r"\.(?:embed_tokens|word_embeddings|tok_embeddings)"
     r"(?:\.modules_to_save(?:\.default)?|(?:\.token_adapter)?\.base_layer)?\.weight$"
 )
 

@@ -41,19 +41,37 @@ _MODULES = {
     "ffn.lin2": "output_adapters",
     "self_attn.o_proj": "attention_adapters",
     "mlp.down_proj": "output_adapters",
+    "attn.Wo": "attention_adapters",
+    "mlp.Wo": "output_adapters",
 }
 """Maps the suffix of a site's name to the module that stores its adapters; the first match applies.
 """
-_ATTENTION = ("attention.output.dense", "attention.out_lin", "self_attn.o_proj")
+_ATTENTION = ("attention.output.dense", "attention.out_lin", "self_attn.o_proj", "attn.Wo")
 _FAMILIES = {
     "bert": "Bert",
     "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+    "camembert": "Camembert",
+    "electra": "Electra",
+    "modernbert": "ModernBert",
+    "deberta-v2": "DebertaV2",
     "distilbert": "DistilBert",
     "llama": "Llama",
     "mistral": "Mistral",
     "qwen2": "Qwen2",
     "qwen3": "Qwen3",
+    "gemma": "Gemma",
+    "gemma2": "Gemma2",
+    "gemma3_text": "Gemma3",
+    "phi3": "Phi3",
+    "ministral3": "Ministral3",
+    "glm4": "Glm4",
+    "granite": "Granite",
+    "olmo2": "Olmo2",
+    "olmo3": "Olmo3",
+    "smollm3": "SmolLM3",
 }
+"""Stems of model classes by `model_type`; the library lacks some of them."""
 _CLASSES = {
     "sequence_classification": "ForSequenceClassification",
     "token_classification": "ForTokenClassification",
@@ -90,11 +108,6 @@ class AdapterHub(FolderLayout):
             AdapterError: Sites are adapted that the library cannot adapt.
         """
         model, kind = content.model, _model_type(content.model) or "llama"
-        if kind not in _FAMILIES:
-            raise AdapterError(
-                f"AdapterHub's format has no {kind} model (it has {', '.join(_FAMILIES)}); save"
-                " without it, as format 'peft'"
-            )
         common = {
             "model_type": kind,
             "hidden_size": model.config.hidden_size,
@@ -299,7 +312,7 @@ def _head(folder: Path, model: Pretrained, params: Mapping[str, Any]) -> dict[st
         return {}
     if not saved:
         _log.warning("%s: has no %s; the model's own head is kept", folder, HEAD_WEIGHTS)
-        return {name: TensorView(_torch(path, leaf)) for name, (path, leaf) in own.items()}
+        return {name: TensorView(torch_layout(path, leaf)) for name, (path, leaf) in own.items()}
     header, config = read_header(folder / HEAD_WEIGHTS), read_json(folder / HEAD_CONFIG)
     found = _head_problems(config, model, own, saved_here=(folder / EXTRA).is_file())
     if found:
@@ -313,7 +326,7 @@ def _head(folder: Path, model: Pretrained, params: Mapping[str, Any]) -> dict[st
     }
 
 
-def _torch(path: paths.Path, leaf: Any) -> np.ndarray[Any, Any]:
+def torch_layout(path: paths.Path, leaf: Any) -> np.ndarray[Any, Any]:
     """Return a leaf in torch's layout."""
     return np.asarray(leaf).T if path[-1] == "kernel" else np.asarray(leaf)
 
@@ -325,7 +338,7 @@ def _require_same_head(file: Path, params: Mapping[str, Any]) -> None:
     """
     for path, leaf in paths.walk(params):
         if path == ("lm_head", "kernel") or ("lm_head" not in params and path[-1] == "embedding"):
-            base = _torch(path, leaf)
+            base = torch_layout(path, leaf)
             for name, tensor in read_header(file).items():
                 if not np.array_equal(tensor.read().astype(base.dtype), base):
                     raise AdapterError(
@@ -339,7 +352,7 @@ def _head_modules(own: Mapping[str, Any]) -> list[str]:
     """Return the linear modules of the model's head in the order in which they are applied."""
     return sorted(
         {name.rpartition(".")[0] for name in own},
-        key=lambda name: (not name.startswith("pre_"), name),
+        key=lambda name: (name.split(".")[0] in ("classifier", "score"), name),
     )
 
 
@@ -352,7 +365,7 @@ def _head_problems(
     """
     task, head, usual = model.options.task, config.get("config"), model.config.own_pooling
     if isinstance(head, Mapping):
-        found, reads = _layer_problems(head, task, _head_modules(own)), usual
+        found, reads = _layer_problems(head, model, _head_modules(own)), usual
         if usual != "last":
             reads = "pooler" if head.get("use_pooler") else "cls"
     else:  # the head of a transformers model class
@@ -372,9 +385,12 @@ def _head_problems(
     return found
 
 
-def _layer_problems(head: Mapping[str, Any], task: str, modules: Sequence[str]) -> list[str]:
+def _layer_problems(
+    head: Mapping[str, Any], model: Pretrained, modules: Sequence[str]
+) -> list[str]:
     """List the differences between the layers of the library's head and the model's."""
     found: list[str] = []
+    task = model.options.task
     if head.get("head_type") not in _HEAD_TYPES[task]:
         found.append(f"head_type: {head.get('head_type')!r} is not a head for {task}")
     if head.get("layers") != len(modules):
@@ -382,7 +398,7 @@ def _layer_problems(head: Mapping[str, Any], task: str, modules: Sequence[str]) 
             f"layers: the head has {head.get('layers')}, the model's has {len(modules)}"
             f" ({', '.join(modules)})"
         )
-    act = "relu" if "pre_classifier" in modules else "tanh"
+    act = getattr(model.config, "head_act", None)
     if len(modules) > 1 and head.get("activation_function") != act:
         found.append(
             f"activation_function: is {head.get('activation_function')!r}, the model's head has"

@@ -21,6 +21,7 @@ from jaxpeft.hub.adapters import extra as adapter_extra
 from jaxpeft.hub.adapters import tensors as adapter_tensors
 from jaxpeft.hub.adapters.folder_layout import CONFIG, EXTRA, FolderLayout
 from jaxpeft.hub.adapters.layouts import LAYOUTS, PARTS
+from jaxpeft.hub.adapters.pretrained_heads import with_pretrained_heads
 from jaxpeft.hub.adapters.settings import Settings, parse_settings
 from jaxpeft.hub.adapters.tied_heads import tie_of
 from jaxpeft.hub.base_identity import differences
@@ -157,6 +158,7 @@ def load_adapter(
     method = method.peft.fit(method, {name: tensor.shape for name, tensor in header.items()})
     spelled = partial(companions.rename, method)
     header = {spelled(name): tensor for name, tensor in header.items()}
+    header = with_pretrained_heads(method, header, model, params)
     header = adapter_tensors.without_copies(method, header, params)
     method = adapter_tensors.with_embeddings(method, header, params)
     require_plain(method, params)

@@ -132,5 +132,5 @@ def _modules_to_save(config: Mapping[str, Any], head: Mapping[str, Any]) -> tupl
     return tuple(
         name
         for name in names
-        if not paths.is_head((name,)) or (name in head and not paths.is_head((name,)))
+        if not paths.is_head((name,)) or (name in paths.PRETRAINED_HEADS and name not in head)
     )

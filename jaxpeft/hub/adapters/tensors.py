@@ -247,7 +247,7 @@ def without_copies(
     return kept
 
 
-_EMBEDDINGS = ("embed_tokens", "word_embeddings", "lm_head")
+_EMBEDDINGS = ("embed_tokens", "word_embeddings", "tok_embeddings", "lm_head")
 
 
 def _embedding_of(name: str) -> str | None:

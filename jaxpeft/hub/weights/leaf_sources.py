@@ -86,12 +86,12 @@ class LeafSource:
         if not spans:
             yield lambda: out.__setitem__(..., tensor.read_rows(0, 1))
             return
-        rows, others = (spans[-1], spans[:-1]) if self.transposed else (spans[0], spans[1:])
+        rows, others = (spans[-1], spans[-2::-1]) if self.transposed else (spans[0], spans[1:])
         step = _rows_at_once(tensor, others)
         for start in range(rows[0], rows[1], step):
             stop = min(start + step, rows[1])
             at = slice(start - rows[0], stop - rows[0])
-            place = out[:, at].T if self.transposed else out[at]
+            place = out[..., at].T if self.transposed else out[at]
             yield functools.partial(_copy, place, tensor, (start, stop), others)
 
 

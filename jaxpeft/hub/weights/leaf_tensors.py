@@ -88,13 +88,13 @@ def plan(
     """
     named, problems = _canonical_names(tensors, abstract, family)
     wanted = [_expect(path, leaf, named) for path, leaf in paths.walk(abstract)]
-    headless = not any(one.present for one in wanted if one.head)
+    kept = _kept_heads(wanted, family)
     sources: dict[Path, LeafSource] = {}
     held: dict[Path, Mapping[str, LeafSource]] = {}
     new: list[Path] = []
     replaced: list[str] = []
     for one in wanted:
-        if headless and one.head:
+        if one.head and one.path[0] not in kept:
             new.append(one.path)
         elif relabel and one.of_other_labels:
             new.append(one.path)
@@ -108,11 +108,19 @@ def plan(
         else:
             sources[one.path] = _source(one, dtype)
     used = {name for one in wanted for name in one.names}
-    problems += _extra(named, used, family, head_wanted=not headless)
+    problems += _extra(named, used, family, head_wanted=bool(kept - {*family.pretrained_heads}))
     if problems:
         where = next(iter(tensors.values())).file.parent if tensors and folder is None else folder
         raise WeightsError(_list_problems(problems, where))
     return WeightPlan(sources, tuple(new), tuple(replaced), held)
+
+
+def _kept_heads(wanted: Sequence[_ExpectedLeaf], family: Family) -> set[str]:
+    """Return the head modules that the checkpoint has: all or none, except pretrained ones."""
+    alone = {*family.pretrained_heads}
+    heads = {one.path[0] for one in wanted if one.head}
+    found = {one.path[0] for one in wanted if one.head and one.present}
+    return (found & alone) | (heads - alone if found - alone else set())
 
 
 @dataclass(frozen=True)
@@ -327,7 +335,9 @@ def require_sizes(config: Any, tensors: Tensors, family: Family, where: Any) -> 
         else {}
     )
     if table is not None and len(table[1]) == 2:
-        sizes = zip(("vocab_size", "hidden_size"), table[1], strict=True)
+        narrow = getattr(config, "embedding_size", config.hidden_size) != config.hidden_size
+        width = "embedding_size" if narrow else "hidden_size"
+        sizes = zip(("vocab_size", width), table[1], strict=True)
         found |= {field: (size, f"in {table[0]}") for field, size in sizes}
     problems = [
         f"{where}: {family.fields.get(field, field)} is {own}, but there are only {size} {of};"

@@ -334,10 +334,13 @@ FAMILIES = {
     "bert": ("bert", SEQUENCE, "bert."),
     "roberta": ("roberta", "token_classification", "roberta."),
     "distilbert": ("distilbert", SEQUENCE, "distilbert."),
+    "modernbert": ("modernbert", SEQUENCE, "model."),
+    "deberta": ("deberta-v2", SEQUENCE, "deberta."),
 }
 
 
 @pytest.mark.parametrize(("kind", "task", "prefix"), FAMILIES.values(), ids=FAMILIES)
+@pytest.mark.representatives("llama", "qwen*", "bert", "roberta", "distilbert")
 def test_names_are_read_with_the_prefix_without_it_and_mixed(
     reference, tmp_path, kind, task, prefix
 ):
@@ -345,7 +348,7 @@ def test_names_are_read_with_the_prefix_without_it_and_mixed(
     own = load_file(folder / "model.safetensors")
     _, wanted = jaxpeft.load(folder, task=task)
     plain = {name.removeprefix(prefix): tensor for name, tensor in own.items()}
-    heads = ("score", "classifier", "pre_classifier", "lm_head")
+    heads = ("score", "classifier", "pre_classifier", "lm_head", "head", "pooler")
     whole = {
         name if name.startswith(heads) else prefix + name: tensor for name, tensor in plain.items()
     }
