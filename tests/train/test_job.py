@@ -70,8 +70,8 @@ def test_a_schedule_of_ranks_that_the_run_is_too_short_for_is_refused_before_wei
         prepare(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scanned", [False, True])
-@pytest.mark.representatives("True")
 def test_a_start_from_the_kernels_decomposes_each_of_them_once(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scanned: bool
 ) -> None:
@@ -256,6 +256,7 @@ def test_figures_are_called_by_the_rows_that_they_are_of(
         assert {"test": "test/loss", "validation": "best_validation/loss"}[name] in last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options", "figure"),
     [
@@ -271,7 +272,6 @@ def test_figures_are_called_by_the_rows_that_they_are_of(
         ("text", {"train__accumulation": 4, "model__compute_dtype": "bfloat16"}, "loss"),
     ],
 )
-@pytest.mark.representatives("regression-*")
 def test_every_kind_of_data_and_method_runs(
     make_config: MakeConfig, tmp_path: Path, kind: str, options: dict[str, Any], figure: str
 ) -> None:
