@@ -144,7 +144,12 @@ def runs() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("path", "config", "trainable_parameters"), list(runs()))
 @pytest.mark.representatives(
-    "quickstart-lora", "*_lora", "bert_full", "compare_*-prefix", "compare_*-head"
+    "quickstart-lora",
+    "stories_lora",
+    "wikisql_lora",
+    "bert_full",
+    "compare_banking77-prefix",
+    "compare_banking77-head",
 )
 def test_the_config_is_valid_and_its_step_can_be_traced(
     path: Path, config: Config, trainable_parameters: int

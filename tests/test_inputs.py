@@ -85,6 +85,7 @@ def test_numbers_on_a_device_are_looked_at_likewise() -> None:
 
 
 @pytest.mark.parametrize("mask", [np.float32, bool, np.int8, np.int64])
+@pytest.mark.representatives("bool", "int8", "int64")
 def test_a_mask_of_zeros_and_ones_is_one_in_any_dtype(mask: Any) -> None:
     model, params = load("bert")
     plain = jaxpeft.apply(model, params, IDS, np.asarray([[1, 1, 1], [1, 1, 0]]))
@@ -186,6 +187,7 @@ def test_what_a_model_would_compute_without_is_refused(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+@pytest.mark.representatives("int8")
 def test_a_quantized_base_with_adapters_at_sites_and_at_the_root_is_the_models_own(
     kind: str,
 ) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import flax.linen as nn
@@ -285,5 +286,11 @@ PAST = "past"
 
 def abstract_params(model: Pretrained) -> Tree:
     """Return the shapes and dtypes of a model's parameters without allocating them."""
+    known: Any = model  # flax makes its modules hashable
+    return jax.tree.map(lambda leaf: leaf, _traced_params(known))  # a tree of the caller's own
+
+
+@lru_cache(maxsize=8)
+def _traced_params(model: Pretrained) -> Tree:
     ids = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import InitVar, dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import jax
@@ -175,7 +175,7 @@ class Quant:
             shape: shape of the kernel, `(in, out)`.
             dtype: dtype of the kernel.
         """
-        return jax.eval_shape(self.store(), jax.ShapeDtypeStruct(shape, dtype))
+        return dict(_stored_shapes(self.form, self.group, shape, jnp.dtype(dtype)))
 
     def store(
         self, whole: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
@@ -210,6 +210,14 @@ class Quant:
             if stacked
             else stored[0]
         )
+
+
+@lru_cache(maxsize=1024)
+def _stored_shapes(
+    form: str, group: int | None, shape: tuple[int, int], dtype: jnp.dtype[Any]
+) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Return the abstract leaves of a quantized kernel, traced once for each shape."""
+    return jax.eval_shape(Quant(form, group=group).store(), jax.ShapeDtypeStruct(shape, dtype))
 
 
 def stored_abstract(params: Mapping[str, Any], quant: Quant | None) -> Tree:

@@ -14,7 +14,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -271,7 +271,7 @@ def _derived_rules(
             else rules.find(paths.text((*site.path, _KERNELS[site.kind])))
         )
         if form is not None:
-            sides = _sides(partial(_store_abstract, form), site, known)
+            sides = _stored_sides(form, site.shape)
             # the codes are as large as the kernel, so they must be sharded; a scale that an axis
             # does not divide may be replicated
             yield from (
@@ -283,7 +283,7 @@ def _derived_rules(
             )
         for part in parts:
             names = node & set(part.leaves.names)
-            sides = _sides(partial(_init_abstract, part), site, known) if names else {}
+            sides = _sides(part, site, known) if names else {}
             yield from (
                 ((*site.path, key), _derive(base, sides.get(key, ()), _FEW)) for key in names
             )
@@ -327,37 +327,49 @@ def _derive(
     return Rule(base.pattern, tuple(found), own)
 
 
-def _sides(make: partial[dict[str, jax.Array]], site: Site, known: dict[Any, Sides]) -> Sides:
-    """Find the side of a kernel that each dimension of the leaves runs along.
+def _sides(method: Method, site: Site, known: dict[Any, Sides]) -> Sides:
+    """Find the side of a kernel that each dimension of the adapter leaves runs along.
 
     Args:
-        make: makes the leaves of a site of one layer.
+        method: makes the leaves of a site of one layer.
         site: the site.
         known: cache of results by shape of the site.
     """
     one = site.one(0)
-    key = make.func, repr(make.args), site.shape, site.kind, site.path[-2:]
+    key = repr(method), site.shape, site.kind, site.path[-2:]
     if key not in known:
-        shapes = [
-            _shapes(make, dataclasses.replace(one, shape=shape)) for shape in _double(site.shape)
-        ]
-        own, wide, tall = shapes
-        known[key] = {
-            name: tuple(
-                _side(n, wide.get(name, ()), tall.get(name, ()), i, len(shape))
-                for i, n in enumerate(shape)
-            )
-            for name, shape in own.items()
-        }
+        known[key] = _traced_sides(
+            lambda shape: _init_abstract(method, dataclasses.replace(one, shape=shape)), site.shape
+        )
     return known[key]
+
+
+@lru_cache(maxsize=1024)
+def _stored_sides(form: Quantized, shape: tuple[int, int]) -> Sides:
+    """Find the side of a kernel that each dimension of its quantized leaves runs along."""
+    return _traced_sides(partial(_store_abstract, form), shape)
+
+
+def _traced_sides(
+    make: Callable[[tuple[int, int]], dict[str, jax.Array]], shape: tuple[int, int]
+) -> Sides:
+    """Trace the leaves that are made for a kernel's shape, and for twice its inputs and outputs."""
+    own, wide, tall = (_shapes(partial(make, each)) for each in _double(shape))
+    return {
+        name: tuple(
+            _side(n, wide.get(name, ()), tall.get(name, ()), i, len(found))
+            for i, n in enumerate(found)
+        )
+        for name, found in own.items()
+    }
 
 
 def _double(shape: tuple[int, int]) -> tuple[tuple[int, int], ...]:
     return shape, (2 * shape[0], shape[1]), (shape[0], 2 * shape[1])
 
 
-def _shapes(make: Callable[[Site], dict[str, jax.Array]], site: Site) -> dict[str, tuple[int, ...]]:
-    return {name: leaf.shape for name, leaf in jax.eval_shape(partial(make, site)).items()}
+def _shapes(make: Callable[[], dict[str, jax.Array]]) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in jax.eval_shape(make).items()}
 
 
 def _side(n: int, wide: tuple[int, ...], tall: tuple[int, ...], i: int, ndim: int) -> int | None:
@@ -368,11 +380,11 @@ def _side(n: int, wide: tuple[int, ...], tall: tuple[int, ...], i: int, ndim: in
     return doubles.index(True) if sum(doubles) == 1 else None
 
 
-def _store_abstract(form: Quantized, site: Site) -> dict[str, jax.Array]:
+def _store_abstract(form: Quantized, shape: tuple[int, int]) -> dict[str, jax.Array]:
     """Make the leaves of a quantized kernel, with a separate scale per input, so that the side of
     scales is detected.
     """
-    kernel = jnp.zeros(site.shape, jnp.float32)
+    kernel = jnp.zeros(shape, jnp.float32)
     return form.store(kernel, group=1) if form.grouped else form.store(kernel)
 
 

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from jaxpeft.config.schema import Config
 from jaxpeft.processes.signals import Stopped
 from jaxpeft.train import job, loop
 from jaxpeft.train.records import read_lines
+from tests.train.runs import short_config
 
 MakeConfig = Callable[..., Config]
 STEPS = 6
@@ -36,8 +38,12 @@ def config(make_config: MakeConfig) -> Config:
     """A run with dropout (the model's and LoRA's), accumulation, evaluations and several
     checkpoints.
     """
-    made = make_config(**OPTIONS)
-    return dataclasses.replace(made, method=dataclasses.replace(made.method, dropout=0.1))  # type: ignore[call-arg]
+    return dropped(make_config(**OPTIONS))
+
+
+def dropped(config: Config) -> Config:
+    """Add LoRA's dropout."""
+    return dataclasses.replace(config, method=dataclasses.replace(config.method, dropout=0.1))  # type: ignore[call-arg]
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, step: int | None) -> None:
@@ -88,25 +94,35 @@ def test_a_finished_run_started_again_gives_its_result_without_training(
     assert figures(tmp_path / "run").count(figures(tmp_path / "run")[0]) == 1
 
 
-def test_the_checkpoint_holds_no_base_weight(config: Config, tmp_path: Path) -> None:
-    job.run(config, tmp_path / "run")
-    held = state_of(tmp_path / "run")
+@pytest.fixture(scope="module")
+def stopped(
+    tiny_models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Config, Path]:
+    """The run of `config`, stopped after 3 steps, and its folder; tests go on in a copy."""
+    folder = tmp_path_factory.mktemp("stopped")
+    made = dropped(short_config(tiny_models, folder, "single", **OPTIONS))
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(Stopped):
+            job.run(made, folder / "run")
+    return made, folder / "run"
+
+
+def test_the_checkpoint_holds_no_base_weight(stopped: tuple[Config, Path]) -> None:
+    _, run = stopped
+    held = state_of(run)
     assert any("lora_a" in name for name in held)
     assert not any(
         "embeddings" in name or ("kernel" in name and "classifier" not in name) for name in held
     )
-    resolved = json.loads((tmp_path / "run" / "config.json").read_text())
+    resolved = json.loads((run / "config.json").read_text())
     assert resolved["method"] == {"name": "lora", **resolved["method"]}
     assert resolved["method"]["dropout"] == 0.1
 
 
-def test_what_only_logs_may_change_on_resume(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        with pytest.raises(Stopped):
-            job.run(config, tmp_path / "run")
+def test_what_only_logs_may_change_on_resume(stopped: tuple[Config, Path], tmp_path: Path) -> None:
+    config, run = stopped
+    shutil.copytree(run, tmp_path / "run")
     chattier = dataclasses.replace(config, log=dataclasses.replace(config.log, every_steps=2))
     assert job.run(chattier, tmp_path / "run").steps == STEPS
 
@@ -133,12 +149,10 @@ def test_a_start_from_data_is_the_same_after_an_interruption(
 
 
 def test_a_checkpoint_that_records_no_method_is_taken_for_the_configs(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: tuple[Config, Path], tmp_path: Path
 ) -> None:
-    with monkeypatch.context() as patch:
-        stop_at(patch, 3)
-        with pytest.raises(Stopped):
-            job.run(config, tmp_path / "run")
+    config, run = stopped
+    shutil.copytree(run, tmp_path / "run")
     step = tmp_path / "run" / "checkpoints" / "3"
     manifest.write(
         step, 3, {key: value for key, value in manifest.read(step).items() if key != "method"}

@@ -97,7 +97,16 @@ LINEN = {
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 @pytest.mark.parametrize("name", LINEN)
-@pytest.mark.representatives("*-lora", "Dense-*", "Einsum turned-oft", "Conv 2-dora")
+@pytest.mark.representatives(
+    "Dense-*",
+    "Conv 1-lora",
+    "Conv lone-lora",
+    "Conv 2-dora",
+    "DenseGeneral *-lora",
+    "Einsum turned-oft",
+    "Einsum back-lora",
+    "Conv 1 causal-lora",
+)
 def test_every_linear_linen_module_computes_as_its_merged_kernel(name: str, method: Any) -> None:
     make, shape = LINEN[name]
     model, x = One(make), random(*shape)
@@ -203,7 +212,7 @@ class Stack(nn.Module):
     ids=["all", "one layer", "shared"],
 )
 @pytest.mark.parametrize("lifted", [True, False], ids=["scan of remat", "vmap"])
-@pytest.mark.representatives("scan of remat-one layer", "vmap-all")
+@pytest.mark.representatives("vmap-all")
 def test_multi_head_attention_under_scan_remat_and_vmap(lifted: bool, method: Any) -> None:
     model, x = Stack(lifted), random(2, 5, 8)
     base = model.init(jax.random.key(0), x)["params"]
@@ -342,7 +351,7 @@ class NnxStack(nnx.Module):
     [jaxpeft.LoRA(rank=2, dropout=0.5), jaxpeft.DoRA(rank=2), jaxpeft.VeRA(rank=3)],
     ids=lambda m: m.name,
 )
-@pytest.mark.representatives("lora-a list", "vera-scan of remat")
+@pytest.mark.representatives("vera-scan of remat")
 def test_nnx_attention_and_embeddings_in_lists_and_under_scan_and_remat(
     method: Any, scanned: bool
 ) -> None:
@@ -408,7 +417,7 @@ class Cell(nn.Module):
 
 @pytest.mark.parametrize("called", ["layers", "stack"])
 @pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.representatives("2-layers", "3-stack")
+@pytest.mark.representatives("3-stack")
 def test_a_bank_of_scanned_layers_of_any_name(called: str, count: int) -> None:
     model, x, method = Scanned(called), random(3, 4), jaxpeft.LoRA(rank=2)
     base = model.init(jax.random.key(0), x)["params"]

@@ -53,10 +53,10 @@ def trained(run: Any, method: Any, params: Any) -> tuple[float, float]:
     return losses[0], losses[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [jaxpeft.LoRA(rank=2), jaxpeft.DoRA(rank=2)], ids=lambda m: m.name
 )
-@pytest.mark.representatives("dora")
 def test_the_feed_forward_of_gpt2_of_flaxmodels(method: Any) -> None:
     from flaxmodels.gpt2 import gpt2
 

@@ -45,6 +45,7 @@ def test_classification(asset, minilm, tmp_path, folder, train, test, rows, labe
         ("tinyshakespeare/input.txt", None),
     ],
 )
+@pytest.mark.representatives("tinystories-*", "e2e-*")
 def test_text_survives_the_chunks(asset, tmp_path, path, column):
     from transformers import AutoTokenizer
 

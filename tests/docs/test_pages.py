@@ -43,6 +43,7 @@ def test_a_custom_loop_trains_a_real_model_as_it_stands_there(
     assert names["losses"][-1] < 0.6 * names["losses"][0]
 
 
+@pytest.mark.slow
 def test_a_custom_loop_trains_a_sharded_quantized_base_on_8_devices(
     tiny_models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

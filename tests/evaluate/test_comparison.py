@@ -110,6 +110,7 @@ def test_an_adapter_of_another_problem_is_refused(trained, evaluate):
     assert "with 'single_label_classification'; compare adapters of one task" in error
 
 
+@pytest.mark.slow
 def test_generated_answers_are_compared(trained, evaluate):
     run = trained("answers")
     found, shown = evaluate(

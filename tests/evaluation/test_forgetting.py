@@ -71,6 +71,7 @@ def test_what_is_lost_is_positive_where_it_is_worse() -> None:
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.representatives("llama")
 def test_embeddings_are_means_of_the_encoders_hidden_states(
     tiny_models: Mapping[str, Path], kind: str
 ) -> None:
@@ -89,7 +90,7 @@ def test_embeddings_are_means_of_the_encoders_hidden_states(
 
 
 @pytest.mark.parametrize("method", [LoRA(), PTuningV2(), BitFit()], ids=lambda method: method.name)
-@pytest.mark.representatives("lora", "ptuning_v2")
+@pytest.mark.representatives("ptuning_v2")
 def test_embeddings_are_those_of_the_adapted_backbone_scanned_or_not(
     tiny_models: Mapping[str, Path], method: jaxpeft.Method
 ) -> None:

@@ -205,6 +205,7 @@ def test_an_answer_that_is_no_http_is_an_error(parts, why):
 @pytest.mark.parametrize(
     "head", [b"", OK, OK + b"Content-Length: 20\r\n\r\n", b"HTTP/1.1 400 No\r\n\r\n"]
 )
+@pytest.mark.representatives("*Content-Length*")
 def test_a_slow_answer_is_bounded_as_a_whole(head):
     began = time.monotonic()
     with speak([head, *[b"a"] * 12], pause=0.1) as url:

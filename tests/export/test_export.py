@@ -76,12 +76,7 @@ MERGED = {
 
 @pytest.mark.parametrize(("method", "kind", "task", "scan"), MERGED.values(), ids=MERGED)
 @pytest.mark.representatives(
-    "biases",
-    "dora llama scanned",
-    "ia3 bert scanned",
-    "methods at one site",
-    "saved modules",
-    "tokens of distilbert",
+    "dora llama scanned", "tokens of distilbert", "saved modules", "methods at one site", "biases"
 )
 def test_transformers_gives_the_logits_of_the_adapter_beside_its_base(
     make, tmp_path, method, kind, task, scan
@@ -107,7 +102,7 @@ def test_transformers_gives_the_logits_of_the_adapter_beside_its_base(
 @pytest.mark.parametrize(
     ("kind", "task"), [("bert", SEQUENCE), ("llama", SEQUENCE), ("bert", TOKENS)]
 )
-@pytest.mark.representatives("bert-token_classification", "llama-sequence_classification")
+@pytest.mark.representatives("llama-*")
 def test_a_backbone_gets_the_head_that_was_trained_on_it(make, reference, tmp_path, kind, task):
     made = make(LORA, kind, task, base=reference(kind, ENCODER).folder)
     made.export(tmp_path / "merged")
@@ -116,6 +111,7 @@ def test_a_backbone_gets_the_head_that_was_trained_on_it(make, reference, tmp_pa
     assert loaded.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
 
 
+@pytest.mark.slow
 def test_one_output_is_a_regression(make, reference, tmp_path):
     made = make(LORA, base=reference("bert", ENCODER).folder, num_labels=1)
     made.export(tmp_path / "merged")
@@ -132,6 +128,7 @@ TIED = {
 
 
 @pytest.mark.parametrize(("method", "tied"), TIED.values(), ids=TIED)
+@pytest.mark.representatives("trained tokens", "saved embedding")
 def test_tied_embeddings_stay_tied_where_that_is_the_same(make, tmp_path, method, tied):
     made = make(method, "llama", CAUSAL, switches={"tie_word_embeddings": True}, size=0.5)
     made.export(tmp_path / "merged")
@@ -153,6 +150,7 @@ def test_added_tokens_are_in_the_merged_model(make, tmp_path):
     made.export(tmp_path / "plain", dtype="bfloat16")
 
 
+@pytest.mark.slow
 def test_added_tokens_whose_rows_alone_are_trained_are_in_the_merged_model(make, tmp_path):
     made = make(
         jaxpeft.TrainableTokens(tokens=(99, 102)), "llama", CAUSAL, vocab_size=103, size=1.0
@@ -587,6 +585,7 @@ def test_a_start_in_the_base_becomes_a_plain_lora_of_twice_the_rank(make, tmp_pa
     assert_close(theirs(SEQUENCE, peft_load(made.base, SEQUENCE, tmp_path / "peft")), made.logits())
 
 
+@pytest.mark.slow
 def test_a_network_that_makes_a_prefix_is_left_out(make, tmp_path):
     method = jaxpeft.PrefixTuning(num_virtual_tokens=3, projection=True, encoder_hidden_size=12)
     made = make(method, "llama", CAUSAL)
@@ -638,7 +637,7 @@ def test_the_name_of_the_base_stays_wherever_it_lies_here(make, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "llama"])
-@pytest.mark.representatives("bert", "llama")
+@pytest.mark.representatives("bert")
 def test_an_adapter_of_the_real_peft_is_merged_with_its_head(reference, tmp_path, kind):
     """Its base has no head, and nothing but the adapter's own head tells the number of labels."""
     base, task = reference(kind, ENCODER).folder, SEQUENCE

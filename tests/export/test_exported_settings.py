@@ -170,6 +170,7 @@ def test_generation_ends_where_answers_ended(exported, reference, tmp_path, ther
 
 
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 20_000])
+@pytest.mark.representatives("20000")
 def test_a_flipped_bit_in_a_merged_model_is_refused_by_the_name_of_its_tensor(
     exported, tmp_path, shard_bytes
 ):

@@ -27,14 +27,7 @@ CASES = {
 
 @pytest.mark.parametrize(("method", "kind", "moved", "to"), CASES.values(), ids=CASES)
 @pytest.mark.representatives(
-    "lora-vllm",
-    "gralora-vllm",
-    "vera-gguf-lora",
-    "dora-mlx",
-    "oft-merged",
-    "prefix-merged",
-    "bitfit-vllm",
-    "mixed-mlx",
+    "lora-vllm", "vera-gguf-lora", "dora-mlx", "prefix-merged", "bitfit-vllm", "mixed-mlx"
 )
 def test_it_is_exported_or_refused_with_a_target_that_holds_it(
     make, tmp_path, record_property, method, kind, moved, to

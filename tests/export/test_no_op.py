@@ -22,7 +22,7 @@ FRESH = {
 
 
 @pytest.mark.parametrize(("method", "kind", "task"), FRESH.values(), ids=FRESH)
-@pytest.mark.representatives("lora", "lora of a classifier", "pissa", "oft")
+@pytest.mark.representatives("oft", "lora", "lora of a classifier")
 def test_a_fresh_adapter_is_refused(make, tmp_path, method, kind, task):
     made = make(method, kind, task, size=0.0)
     text = made.refused(tmp_path / "out", AdapterError, "peft")

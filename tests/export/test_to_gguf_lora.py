@@ -71,7 +71,7 @@ def as_llama_cpp(folder: Path, architecture: str) -> dict[str, np.ndarray[Any, A
 
 
 @pytest.mark.parametrize("method", HELD.values(), ids=HELD)
-@pytest.mark.representatives("lora", "ranks and alphas", "vera")
+@pytest.mark.representatives("ranks and alphas")
 def test_the_numbers_in_the_file_are_the_adapter_s(make, tmp_path, method):
     made = make(method, "llama", CAUSAL)
     report = made.export(tmp_path / "out", "gguf-lora")
@@ -81,6 +81,7 @@ def test_the_numbers_in_the_file_are_the_adapter_s(make, tmp_path, method):
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.representatives("llama")
 def test_every_family_has_its_architecture(make, tmp_path, kind):
     made = make(HELD["lora"], kind, CAUSAL)
     made.export(tmp_path / "out", "gguf-lora")

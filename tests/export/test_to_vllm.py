@@ -39,7 +39,7 @@ def as_vllm(folder: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 
 @pytest.mark.parametrize("method", HELD.values(), ids=HELD)
-@pytest.mark.representatives("lora", "ranks and alphas", "adalora", "two loras")
+@pytest.mark.representatives("ranks and alphas", "lora")
 def test_vllm_and_peft_compute_the_adapter_s_logits(make, tmp_path, method):
     made = make(method, "llama", CAUSAL)
     report = made.export(tmp_path / "out", "vllm")

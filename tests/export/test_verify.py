@@ -63,6 +63,7 @@ STATES = ("the adapter", "the base", "something else")
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("state", STATES)
+@pytest.mark.representatives("the adapter-bfloat16", "the base-float32", "something else-bfloat16")
 def test_the_server_s_state_is_told(tuned, other, state, half):
     import torch
 

@@ -94,8 +94,8 @@ def test_case_3_killed_while_an_old_step_is_deleted_a_good_one_is_left(
     marks.same_end(job, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("signal", "code"), [("term", 143), ("int", 130)])
-@pytest.mark.representatives("term-143")
 def test_case_4_a_signal_in_a_step_saves_that_step(
     job: Job, whole: Job, marks: Marks, signal: str, code: int
 ) -> None:

@@ -175,8 +175,8 @@ def test_case_29_a_token_that_the_model_has_not_is_refused(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pad", [None, "[SEP]"])
-@pytest.mark.representatives("None")
 def test_case_29_no_pad_token_or_one_that_is_eos_does_no_harm(
     chats: Any, tiny_models: Mapping[str, Path], marks: Marks, tmp_path: Path, pad: str | None
 ) -> None:

@@ -339,6 +339,7 @@ def test_case_38_trust_remote_code_is_refused_by_name(job: Job, marks: Marks) ->
     refused(job, marks, said, arguments=("--config.model.trust_remote_code=true",))
 
 
+@pytest.mark.slow
 def test_case_38_code_in_a_checkpoint_is_not_run(
     job: Job, whole: Job, marks: Marks, tmp_path: Path
 ) -> None:
@@ -385,6 +386,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("how", TEMPLATES)
+@pytest.mark.representatives("internals", "range", "memory")
 def test_case_40_a_hostile_template_is_refused_in_time(chats: Any, marks: Marks, how: str) -> None:
     template, said = TEMPLATES[how]
     began, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -38,6 +38,7 @@ def _goes_on(job: Job, marks: Marks, *words: str) -> None:
     marks.kept(before, files(job.checkpoints))
 
 
+@pytest.mark.slow
 def test_case_24_a_batch_that_is_not_finite_is_skipped_and_counted(
     job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +91,7 @@ def test_case_25_several_in_a_row_stop_the_run_with_their_place_and_a_finite_che
     marks.kept({k: v for k, v in before.items() if k.startswith("6/")}, files(job.checkpoints))
 
 
+@pytest.mark.slow
 def test_case_26_a_batch_without_a_label_is_told_and_leaves_all_finite(
     job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +109,7 @@ def test_case_26_a_batch_without_a_label_is_told_and_leaves_all_finite(
     _goes_on(job, marks)
 
 
+@pytest.mark.slow
 def test_case_27_a_first_loss_far_above_chance_is_warned_of(
     job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,7 @@ def text_config(folder: Path, models: Mapping[str, Path], **options: Any) -> Pat
     )
 
 
+@pytest.mark.slow
 def test_case_18_stopped_after_every_step_it_ends_bit_equal_with_packing_dropout_and_accumulation(
     tiny_models: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, marks: Marks
 ) -> None:
@@ -123,8 +124,8 @@ def test_case_18_stopped_after_every_step_it_ends_bit_equal_with_packing_dropout
         marks.same_end(stopped, whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("legs", [((4, 6),), ((2, 3), (4, 6))], ids=["4", "2 and 4"])
-@pytest.mark.representatives("4")
 def test_case_19_on_other_numbers_of_devices_the_batches_are_the_same_and_the_losses_close(
     tiny_models: Mapping[str, Path],
     tmp_path: Path,
@@ -215,6 +216,7 @@ def _refused(job: Job, whole: Job, marks: Marks, row: str, *change: str) -> None
     marks.kept(before, files(job.workdir))
 
 
+@pytest.mark.slow
 def test_case_20_a_change_that_is_allowed_is_told_and_gone_on_with(
     job: Job, whole: Job, marks: Marks
 ) -> None:
@@ -234,6 +236,7 @@ def test_case_20_a_change_that_is_allowed_is_told_and_gone_on_with(
 
 
 @pytest.mark.parametrize("what", ["rows", "tokenizer", "template"])
+@pytest.mark.representatives("rows")
 def test_case_20_other_rows_tokenizer_or_template_are_refused(
     tiny_models: Mapping[str, Path], tmp_path: Path, marks: Marks, what: str
 ) -> None:

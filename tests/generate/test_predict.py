@@ -79,6 +79,7 @@ def test_a_classifier_gives_labels_with_probabilities(
     assert [row["prediction"] for row in again] == [row["prediction"] for row in found]
 
 
+@pytest.mark.slow
 def test_pairs_with_several_labels(make: Make, tmp_path: Path, capsys: Any) -> None:
     adapter, logits = make(
         "sequence_classification", 3, labels=NAMES, problem_type="multi_label_classification"

@@ -111,6 +111,9 @@ def saved_on(save, kind, config=None, files=None, task=None, target=None):
 
 
 @pytest.mark.parametrize(("kind", "change"), CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.representatives(
+    "defaults left out", "names of labels", "use_cache", "torch_dtype", "rope of transformers 4"
+)
 def test_a_config_that_was_saved_again_is_of_the_same_base(save, tmp_path, kind, change):
     saved, other, task = saved_on(save, kind, change, target=tmp_path / "other")
     assert_bit_equal(saved.load(base=other, task=task)[1], saved.params)

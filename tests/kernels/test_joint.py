@@ -23,7 +23,7 @@ def normal(*shape: int) -> Any:
 
 
 @pytest.mark.parametrize("form", [None, *QUANTIZED])
-@pytest.mark.representatives("None", "nf4")
+@pytest.mark.representatives("nf4")
 def test_they_are_the_sums_of_both_products_and_so_are_the_gradients(form: str | None) -> None:
     x, kernels = normal(2, 5, 64), [normal(64, n) / 8 for n in (24, 8, 40)]
     stored = [{"kernel": k} if form is None else QUANTIZED[form].store(k) for k in kernels]

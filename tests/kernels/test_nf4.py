@@ -45,6 +45,7 @@ def plain(rows: Any) -> tuple[Any, ...]:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.representatives("shape2", "shape3")
 def test_it_is_a_plain_reading_of_the_paper(shape: tuple[int, int]) -> None:
     rows = weights(shape)
     found, (codes, absmax, places, scales, mean) = stored(rows), plain(rows)

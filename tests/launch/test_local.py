@@ -111,6 +111,12 @@ CODES = {
 
 
 @pytest.mark.parametrize(("do", "code"), CODES.values(), ids=list(CODES))
+@pytest.mark.representatives(
+    "one is stopped, the other saves too",
+    "bad input of the first",
+    "a failure goes before a stop",
+    "both are done",
+)
 def test_exit_code(do: str, code: int, stubs: Stubs, tmp_path: Path) -> None:
     # who stays is killed after the grace; who saves ends within it
     _, env = started(stubs, tmp_path, do, PROCESSES="2", GRACE="1" if "stay" in do else "3")

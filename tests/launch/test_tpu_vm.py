@@ -202,6 +202,16 @@ KEEP = {
 
 
 @pytest.mark.parametrize(("requests", "hosts", "code", "did"), KEEP.values(), ids=list(KEEP))
+@pytest.mark.representatives(
+    "from nothing to the end",
+    "the one before is done",
+    "a host does not answer",
+    "the one before has failed",
+    "refused again",
+    "failed after its restarts",
+    "bad input is not started again",
+    "another one runs",
+)
 def test_keep(
     requests: list[str], hosts: list[str], code: int, did: list[str], stubs: Stubs, tmp_path: Path
 ) -> None:
@@ -378,6 +388,7 @@ OF_A_COMMAND = {
 
 
 @pytest.mark.parametrize(("unit", "words", "said"), OF_A_COMMAND.values(), ids=list(OF_A_COMMAND))
+@pytest.mark.representatives("this one runs", "this one was refused", "another one runs")
 def test_status_of_a_command(
     unit: dict[str, str], words: list[str], said: str, stubs: Stubs, tmp_path: Path
 ) -> None:

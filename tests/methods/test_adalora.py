@@ -198,6 +198,7 @@ def test_layers_that_are_not_adapted_count_for_nothing() -> None:
     assert all(np.isfinite(leaf).all() for leaf in found.values())
 
 
+@pytest.mark.slow
 def test_it_goes_on_from_a_checkpoint_bit_by_bit(tmp_path: Path) -> None:
     method = jaxpeft.AdaLoRA(
         rank=4, target_rank=1, targets=("q_proj", "down_proj"), interval=2, final_steps=2

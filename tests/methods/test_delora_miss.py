@@ -65,6 +65,7 @@ def test_delora_s_update_is_no_longer_than_the_boundary_times_the_kernel() -> No
         ),
     ],
 )
+@pytest.mark.representatives("method1-*")
 def test_variants_go_both_ways_with_the_real_peft(
     reference: Any,
     tmp_path: Path,

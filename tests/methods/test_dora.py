@@ -190,7 +190,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 @quiet
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to .True.:UserWarning")
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.representatives("embedding", "patterns")
+@pytest.mark.representatives("patterns")
 def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> None:
     kind, options, peft = VARIANTS[name]
     method = jaxpeft.DoRA(rank=4, alpha=6.0, **options)
@@ -203,7 +203,7 @@ def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> Non
 
 @quiet
 @pytest.mark.parametrize("start", ["pissa", "olora", "gaussian", "orthogonal"])
-@pytest.mark.representatives("pissa", "olora")
+@pytest.mark.representatives("olora")
 def test_other_starts_are_the_base_and_are_saved_as_what_peft_loads(
     reference: Any, tmp_path: Path, start: Any
 ) -> None:

@@ -56,7 +56,7 @@ def test_the_usual_sites_are_keys_values_and_the_modules_that_end_a_feed_forward
         ),
     ],
 )
-@pytest.mark.representatives("ours0*", "ours2*")
+@pytest.mark.representatives("ours2-*")
 def test_variants_go_both_ways_with_the_real_peft(
     reference: Any,
     tmp_path: Path,

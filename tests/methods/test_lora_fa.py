@@ -41,6 +41,7 @@ def test_it_begins_as_lora_does_and_trains_b_alone() -> None:
 
 
 @pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.representatives("True")
 def test_the_input_of_a_is_not_kept_for_the_backward_pass(scan: bool) -> None:
     config = tiny_config("llama", hidden_size=64, intermediate_size=512, num_hidden_layers=4)
     model = build(

@@ -123,7 +123,7 @@ def test_blocks_give_way_to_the_divisor_that_peft_takes(n: int, wanted: int) -> 
         (jaxpeft.HRA(rank=4, gram_schmidt=True), "HRAConfig", {"r": 4, "apply_GS": True}),
     ],
 )
-@pytest.mark.representatives("method1-*", "method6-*")
+@pytest.mark.representatives("method6-*")
 def test_variants_go_both_ways_with_the_real_peft(
     reference: Any,
     tmp_path: Path,

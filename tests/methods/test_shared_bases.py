@@ -86,7 +86,7 @@ VARIANTS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.representatives("randlora sizes", "vera biases")
+@pytest.mark.representatives("vera biases")
 def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> None:
     method, kind, config, options = VARIANTS[name]
     case = case_of(method, kind, config, size=0.1, **options)

@@ -40,7 +40,7 @@ every_method = pytest.mark.parametrize(
 
 
 @every_method
-@pytest.mark.representatives("oft", "ia3")
+@pytest.mark.representatives("ia3")
 def test_layers_that_are_not_adapted_compute_the_base_and_are_not_trained(method: Any) -> None:
     method = dataclasses.replace(method, layers_to_transform=(1,))
     model, base = load("llama", scan_layers=True)
@@ -70,7 +70,7 @@ def test_layers_that_are_not_adapted_compute_the_base_and_are_not_trained(method
 
 
 @every_method
-@pytest.mark.representatives("oft", "ia3", "lokr", "miss")
+@pytest.mark.representatives("ia3")
 def test_each_row_computes_with_its_own_adapter(method: Any) -> None:
     method = dataclasses.replace(method, layers_to_transform=(1,))
     model, base = load("llama", scan_layers=True)
@@ -100,7 +100,7 @@ DROPPING = {
 
 
 @pytest.mark.parametrize("method", [pytest.param(m, id=name) for name, m in DROPPING.items()])
-@pytest.mark.representatives("oft", "loha outputs", "lokr outputs", "miss")
+@pytest.mark.representatives("miss")
 def test_dropout_is_in_training_calls_alone_and_never_on_the_base(method: Any) -> None:
     rates = {f.name: 0.0 for f in dataclasses.fields(method) if f.name.endswith("dropout")}
     without = dataclasses.replace(method, **rates)

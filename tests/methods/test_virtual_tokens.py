@@ -76,7 +76,7 @@ def packed() -> tuple[Any, Any]:
 
 @every_method
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-@pytest.mark.representatives("llama-prefix", "mistral-prompt")
+@pytest.mark.representatives("llama-prefix")
 def test_a_packed_row_of_a_decoder_gives_the_logits_of_its_texts_alone(
     method: Any, kind: str
 ) -> None:
@@ -109,6 +109,7 @@ def test_an_encoder_packs_texts_behind_a_past_and_not_behind_a_prompt() -> None:
 
 
 @every_method
+@pytest.mark.representatives("prompt", "prefix")
 def test_each_row_of_a_batch_takes_the_virtual_tokens_of_its_own_adapter(method: Any) -> None:
     model, base = load("llama", scan_layers=True)
     trees = [adapted(method, base, seed) for seed in range(2)]
@@ -219,9 +220,7 @@ KINDS = {
 @quiet
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.representatives(
-    "bert tokens-prefix", "bert left-prompt", "llama classes-prompt", "mistral-prefix"
-)
+@pytest.mark.representatives("mistral-prefix", "bert left-prompt")
 def test_models_tasks_and_paddings_against_the_real_peft(
     reference: Any,
     tmp_path: Any,

@@ -100,12 +100,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("task", [SEQUENCES, TOKENS, HIDDEN])
 @pytest.mark.parametrize("kind", ENCODERS)
-@pytest.mark.representatives(
-    "bert-token*",
-    "roberta-sequence*",
-    "roberta-encoder",
-    "distilbert-sequence*",
-)
+@pytest.mark.representatives("bert-token_classification", "distilbert-sequence_classification")
 def test_every_task(parity, kind, task):
     parity(kind, task)
 
@@ -114,13 +109,11 @@ def test_every_task(parity, kind, task):
     ("kind", "switches"), [pytest.param(k, s, id=f"{k}-{n}") for k, n, s in CASES]
 )
 @pytest.mark.representatives(
-    "bert-eps",
-    "bert-hidden-act",
-    "bert-one-type",
-    "bert-gelu-new",
     "distilbert-sinusoidal",
-    "distilbert-activation",
     "roberta-pad-token",
+    "bert-eps",
+    "bert-one-type",
+    "distilbert-activation",
     "electra-hidden-act",
     "modernbert-ropes",
     "deberta-v2-conv-groups",
@@ -138,13 +131,14 @@ def test_the_first_token_of_a_modernbert(reference, padded):
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.representatives("bert")
 def test_token_types(parity, padded, kind):
     types = (np.arange(padded[0].ids.shape[1]) > 5).astype(np.int32)[None].repeat(3, 0)
     parity(kind, TOKENS, inputs={"token_type_ids": types})
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "modernbert"])
-@pytest.mark.representatives("bert", "roberta", "distilbert")
+@pytest.mark.representatives("roberta")
 def test_position_ids(parity, padded, kind):
     positions = (np.arange(padded[0].ids.shape[1])[None] + np.array([[2], [5], [20]])).astype(
         np.int32
@@ -175,9 +169,7 @@ def _head(model, kind, x):
 
 @pytest.mark.parametrize("how", ["cls", "mean"])
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert", "llama"])
-@pytest.mark.representatives(
-    "bert-cls", "bert-mean", "distilbert-mean", "llama-cls", "roberta-mean"
-)
+@pytest.mark.representatives("bert-cls", "roberta-mean")
 def test_pooling(reference, padded, kind, how):
     import jaxpeft
 
@@ -224,7 +216,7 @@ def test_the_tensor_names_of_old_tensorflow_checkpoints(reference, padded, tmp_p
 
 
 @pytest.mark.parametrize(("kind", "most"), [("bert", 40), ("roberta", 38), ("distilbert", 40)])
-@pytest.mark.representatives("roberta-*", "distilbert-*")
+@pytest.mark.representatives("roberta-38")
 def test_a_row_longer_than_the_position_table_is_refused(reference, kind, most):
     import jaxpeft
 

@@ -35,6 +35,7 @@ def drop(rate: float, x: Any, seed: int = 0) -> Any:
 
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("shape", [(500, 400), (1001, 201)], ids=["even", "odd"])
+@pytest.mark.representatives("even-*", "odd-0.5", "odd-0.9")
 def test_dropout_drops_its_share_and_keeps_the_mean(rate, shape):
     out = np.asarray(drop(rate, jnp.ones(shape)))
     n = out.size
@@ -75,6 +76,7 @@ def _by_hand(q: Any, k: Any, v: Any, mask: Any) -> Any:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.representatives("2")
 def test_attention_is_its_definition(kv_heads):
     rng = np.random.default_rng(0)
     q = rng.normal(size=(2, 5, 6, 4)).astype(np.float32)

@@ -13,6 +13,7 @@ import jaxpeft
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.representatives("False")
 def test_stories260k_gives_the_recorded_logits_and_text(assets, scan_layers):
     folder = assets / "stories260K"
     if not (folder / "expected.json").is_file():
@@ -31,6 +32,7 @@ def test_stories260k_gives_the_recorded_logits_and_text(assets, scan_layers):
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.representatives("True")
 def test_minilm_gives_the_hidden_states_of_torch(minilm, scan_layers):
     import torch
     from transformers import AutoModel

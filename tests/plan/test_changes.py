@@ -56,6 +56,7 @@ def setting(limit):
     return Setting(SMALL | NARROW, where, topology.devices(where), limit, True)
 
 
+@pytest.mark.slow
 def test_the_nearest_change_is_compiled_and_fits(config):
     fsdp = with_changes(config, mesh__strategy="fsdp", model__remat="none")
     free = examine(setting(None), fsdp)

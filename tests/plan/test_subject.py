@@ -70,6 +70,14 @@ def shapes(tree: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.representatives(
+    "llama",
+    "nf4 of a classifier, scanned",
+    "a regression, scanned",
+    "more tokens",
+    "scanned, the file's dtype",
+    "packed, in parts",
+)
 def test_a_plan_has_the_leaves_of_the_run(make_config: MakeConfig, case: str) -> None:
     kind, given = CASES[case]
     planned, run = both(make_config(kind, **given))
@@ -87,6 +95,7 @@ def test_a_plan_has_the_leaves_of_the_run(make_config: MakeConfig, case: str) ->
 
 
 @pytest.mark.parametrize("case", ["nf4", "a new head", "packed, in parts"])
+@pytest.mark.representatives("packed, in parts")
 def test_the_step_is_the_runs_own(make_config: MakeConfig, case: str) -> None:
     kind, given = CASES[case]
     planned, run = both(

@@ -79,8 +79,8 @@ def test_a_real_model_is_trained_as_by_one_process(
     assert_same(ran(config, 1, 2 * processes), ran(config, processes, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp_tensor", "sequence", "hybrid_fsdp"])
-@pytest.mark.representatives("fsdp")
 def test_every_strategy_goes_over_processes(
     tmp_path: Path, tiny_models: Mapping[str, Path], strategy: str
 ) -> None:

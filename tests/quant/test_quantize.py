@@ -27,7 +27,7 @@ both = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"
 
 @both
 @every_form
-@pytest.mark.representatives("nf4-scanned", "fp8-unrolled")
+@pytest.mark.representatives("fp8-unrolled")
 def test_a_model_that_is_loaded_quantized_is_the_one_that_is_quantized_later(
     reference: Any,
     form: Any,
@@ -190,7 +190,7 @@ def test_lists_are_taken_and_what_is_excluded_in_vain_is_said(
 
 
 @every_form
-@pytest.mark.representatives("nf4", "int8")
+@pytest.mark.representatives("int8")
 def test_training_moves_the_adapter_and_no_bit_of_the_base(form: Any) -> None:
     model, base = load("llama", scan_layers=True)
     method = jaxpeft.LoRA(rank=2)

@@ -38,7 +38,7 @@ def alone(name: str) -> Any:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.representatives("fsdp_tensor", "sequence", "hybrid_fsdp")
+@pytest.mark.representatives("sequence", "hybrid_fsdp")
 def test_every_strategy_on_eight_devices(strategy: str) -> None:
     assert difference(alone(PLAIN), computed(CASES[PLAIN], options_of(strategy, 8), 8)) < TOLERANCE
 
@@ -72,6 +72,7 @@ def test_several_axes_at_once_and_a_base_in_host_memory(scan: bool) -> None:
         assert difference(one, computed(case, options, 8)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [PLAIN, "lora on nf4", "lora, bert"])
 @pytest.mark.parametrize(
     "options",
@@ -80,7 +81,6 @@ def test_several_axes_at_once_and_a_base_in_host_memory(scan: bool) -> None:
         MeshConfig(strategy="sequence", data=2, sequence=2, tensor=2),
     ],
 )
-@pytest.mark.representatives("options0-lora, packed")
 def test_spread_positions_attend_to_blocks_of_keys(
     monkeypatch: pytest.MonkeyPatch, options: MeshConfig, name: str
 ) -> None:

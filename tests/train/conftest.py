@@ -1,5 +1,5 @@
 """The fixtures of whole runs."""
 
-from tests.train.runs import make_config, tiny_models
+from tests.train.runs import finished, make_config, tiny_models
 
-__all__ = ["make_config", "tiny_models"]
+__all__ = ["finished", "make_config", "tiny_models"]

@@ -5,16 +5,21 @@ configs of them.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from jaxpeft.checkpoint.manager import Checkpoints
 from jaxpeft.config import defaults
 from jaxpeft.config.files import parse_config
 from jaxpeft.config.schema import Config
+from jaxpeft.train import job
+from jaxpeft.train.run import RunResult
 from tests.models.conftest import tiny_config
 
 WORDS = [f"word{i}" for i in range(60)]
@@ -151,3 +156,70 @@ def make_config(tiny_models: Mapping[str, Path], tmp_path: Path) -> Callable[...
         return short_config(tiny_models, tmp_path, kind, method, **options)
 
     return make
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended; tests read it and leave it as it is.
+
+    Attributes:
+        config: its config.
+        folder: its folder.
+        result: what it returned.
+        messages: what it logged.
+        saved: the steps that it saved a checkpoint of.
+    """
+
+    config: Config
+    folder: Path
+    result: RunResult
+    messages: tuple[str, ...]
+    saved: tuple[int, ...]
+
+
+class _Kept(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def finish(config: Config, folder: Path) -> Finished:
+    """Run a config to its end, and note what it logs and saves."""
+    logger, kept, saved = logging.getLogger("jaxpeft"), _Kept(), list[int]()
+    level, save = logger.level, Checkpoints.save
+    logger.addHandler(kept)
+    logger.setLevel(logging.INFO)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                Checkpoints,
+                "save",
+                lambda self, step, *rest: saved.append(step) or save(self, step, *rest),
+            )
+            result = job.run(config, folder)
+    finally:
+        logger.removeHandler(kept)
+        logger.setLevel(level)
+    return Finished(config, folder, result, tuple(kept.messages), tuple(saved))
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A classifier that was trained for ten epochs of 6 steps and 2 steps more."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = short_config(
+        tiny_models,
+        folder,
+        "single",
+        train__steps=62,
+        train__seed=5,
+        checkpoint__every_steps=None,
+        log__tensorboard=True,
+        log__plot=True,
+        log__progress="plain",
+        optimizer__head_learning_rate=0.1,
+    )
+    return finish(config, folder / "run")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ import pytest
 
 import jaxpeft
 from jaxpeft.config.schema import Config
-from jaxpeft.train import job
 from jaxpeft.train.records import read_lines
-from tests.train.runs import LABELS, SPECIAL, WORDS
+from tests.train.runs import LABELS, SPECIAL, WORDS, Finished, finish, short_config
 
 MakeConfig = Callable[..., Config]
 CHATS = [
@@ -44,46 +42,37 @@ ROWS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def end_of(caplog: pytest.LogCaptureFixture) -> str:
+@pytest.fixture(scope="module")
+def chat(tiny_models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run on chats."""
+    folder = tmp_path_factory.mktemp("chat")
+    rows, options = ROWS["chat"]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = options | {"data__train": str(folder / "rows.jsonl"), "train__steps": 3}
+    return finish(short_config(tiny_models, folder, "text", **options), folder / "run")
+
+
+SHARED = {"single": "finished", "chat": "chat"}
+"""Kinds of data that other tests, too, read a run of: its fixture."""
+
+
+def end_of(run: Finished) -> str:
     """Return the Python that a run printed last."""
-    (told,) = (
-        message
-        for r in caplog.records
-        if (message := r.getMessage()).startswith("next, use the adapter:\n")
-    )
+    (told,) = (one for one in run.messages if one.startswith("next, use the adapter:\n"))
     return "\n".join(line[2:] for line in told.splitlines()[1:])
 
 
 @pytest.mark.parametrize("kind", ["single", "pair", "regression", "text", *ROWS])
 @pytest.mark.representatives("chat", "single")
 def test_what_is_printed_at_the_end_predicts(
-    make_config: MakeConfig,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    capsys: pytest.CaptureFixture[str],
-    kind: str,
-    tiny_models: Any,
+    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
-    caplog.set_level(logging.INFO, "jaxpeft")
-    options: dict[str, Any] = {"train__steps": 3} | (
-        {"data__problem": kind} if kind == "regression" else {}
-    )
-    if kind in ROWS:
-        rows, more = ROWS[kind]
-        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        options |= more | {"data__train": str(tmp_path / "rows.jsonl")}
-        if "model__task" in more:
-            options["model__path"] = str(tiny_models["bert"])
-    plain = kind in ("single", "pair", "regression") or "model__task" in options
-    config = make_config(
-        kind if kind in ("single", "pair", "regression", "text") else "single" if plain else "text",
-        **options,
-    )
-    job.run(config, tmp_path / "run")
+    shared = SHARED.get(kind)
+    run: Finished = request.getfixturevalue(shared) if shared else made(request, kind)
     capsys.readouterr()
-    exec(end_of(caplog), {})
+    exec(end_of(run), {})
     printed = capsys.readouterr().out.removesuffix("\n")
-    found = jaxpeft.read_settings(tmp_path / "run" / "adapter")
+    found = jaxpeft.read_settings(run.folder / "adapter")
     if kind in ("single", "pair"):
         assert (
             found.labels == tuple(sorted(LABELS))
@@ -102,36 +91,42 @@ def test_what_is_printed_at_the_end_predicts(
     assert found.separator == (" word9 " if kind == "completion" else None)
 
 
-def test_the_template_that_was_trained_with_goes_with_the_adapter(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
+def made(request: pytest.FixtureRequest, kind: str) -> Finished:
+    """Train on a kind of data."""
+    make_config: MakeConfig = request.getfixturevalue("make_config")
+    tmp_path: Path = request.getfixturevalue("tmp_path")
+    options: dict[str, Any] = {"train__steps": 3} | (
+        {"data__problem": kind} if kind == "regression" else {}
+    )
+    if kind in ROWS:
+        rows, more = ROWS[kind]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options |= more | {"data__train": str(tmp_path / "rows.jsonl")}
+        if "model__task" in more:
+            options["model__path"] = str(request.getfixturevalue("tiny_models")["bert"])
+    plain = kind in ("single", "pair", "regression") or "model__task" in options
+    config = make_config(
+        kind if kind in ("single", "pair", "regression", "text") else "single" if plain else "text",
+        **options,
+    )
+    return finish(config, tmp_path / "run")
+
+
+def test_the_template_that_was_trained_with_goes_with_the_adapter(chat: Finished) -> None:
     from transformers import AutoTokenizer
 
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in CHATS))
-    config = make_config(
-        "text",
-        data__train=str(tmp_path / "rows.jsonl"),
-        data__chat_template="chatml",
-        train__steps=3,
-    )
-    job.run(config, tmp_path / "run")
-    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path / "run" / "adapter")
+    tokenizer: Any = AutoTokenizer.from_pretrained(chat.folder / "adapter")
     told = tokenizer.apply_chat_template(
         [{"role": "user", "content": "word1"}], tokenize=False, add_generation_prompt=True
     )
     assert told == "<|im_start|>user\nword1<|im_end|>\n<|im_start|>assistant\n"
 
 
-def test_the_summary_has_validation_figures_labels_and_settings(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
-    config = make_config(train__steps=4, evaluation__every_steps=2, log__plot=True)
-    best = job.run(config, tmp_path / "run").best_step
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+def test_the_summary_has_validation_figures_labels_and_settings(finished: Finished) -> None:
+    best = finished.result.best_step
+    summary = json.loads((finished.folder / "summary.json").read_text())
     one = summary["methods"]["lora"]
-    lines = [
-        line for line in read_lines(tmp_path / "run" / "metrics.jsonl") if line["step"] == best
-    ]
+    lines = [line for line in read_lines(finished.folder / "metrics.jsonl") if line["step"] == best]
     (accuracy,) = (line["validation/accuracy"] for line in lines if "validation/accuracy" in line)
     assert one["validation"]["accuracy"] == accuracy and one["best_step"] == best
     assert one["method"]["name"] == "lora"

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from jaxpeft.config.schema import Config
-from jaxpeft.train import job
+from tests.train.runs import Finished
 
 
-def test_the_card_of_a_run_has_its_metrics_and_no_path(
-    make_config: Callable[..., Config], tmp_path: Path
-) -> None:
-    config = make_config(train__steps=3, train__seed=5)
-    result = job.run(config, tmp_path / "run")
-    file = tmp_path / "run" / "adapter" / "README.md"
+def test_the_card_of_a_run_has_its_metrics_and_no_path(finished: Finished) -> None:
+    config, result = finished.config, finished.result
+    file = finished.folder / "adapter" / "README.md"
     card = ModelCard.load(file)
-    assert str(tmp_path) not in file.read_text()
+    assert str(finished.folder.parent) not in file.read_text()
     assert str(Path(config.model.path).parent) not in file.read_text()
     assert card.data.base_model == Path(config.model.path).name
     found = {one.metric_type: one.metric_value for one in card.data.eval_results}
@@ -28,5 +23,5 @@ def test_the_card_of_a_run_has_its_metrics_and_no_path(
     assert (
         "on single.jsonl" in card.text and "| metric | before training | validation |" in card.text
     )
-    assert "After 3 steps of 8 rows with seed 5." in card.text
+    assert "After 62 steps of 8 rows with seed 5." in card.text
     assert card.data.datasets is None

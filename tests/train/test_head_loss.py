@@ -41,7 +41,7 @@ def made(
 @pytest.mark.parametrize(
     "most", [1, 3 * 37 * 3, 10**6], ids=["one position", "uneven chunks", "all at once"]
 )
-@pytest.mark.representatives("uneven chunks-*", "one position-all", "all at once-plain")
+@pytest.mark.representatives("uneven chunks-*", "all at once-plain")
 def test_chunks_give_the_loss_and_the_gradients_of_all_logits(
     entropy: CrossEntropy, most: int
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,19 @@ import numpy as np
 import pytest
 
 import jaxpeft
-from jaxpeft.checkpoint.manager import Checkpoints
 from jaxpeft.config.schema import Config
 from jaxpeft.errors import ConfigError, TrainingError
 from jaxpeft.methods import starts
 from jaxpeft.train import job
 from jaxpeft.train.records import read_lines
 from jaxpeft.train.setup import prepare
-from tests.train.runs import write_rows
+from tests.train.runs import Finished, finish, short_config, write_rows
 
 MakeConfig = Callable[..., Config]
 
 
-def test_a_run_leaves_its_files_and_learns(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config(
-        train__steps=60,
-        log__tensorboard=True,
-        log__plot=True,
-        log__progress="plain",
-        optimizer__head_learning_rate=0.1,
-    )
-    result = job.run(config, tmp_path / "run")
-    run = tmp_path / "run"
+def test_a_run_leaves_its_files_and_learns(finished: Finished) -> None:
+    run, result = finished.folder, finished.result
     for name in (
         "config.json",
         "metrics.jsonl",
@@ -54,7 +45,7 @@ def test_a_run_leaves_its_files_and_learns(make_config: MakeConfig, tmp_path: Pa
     assert result.test["accuracy"] == summary["methods"]["lora"]["validation"]["accuracy"]
     assert "test" not in summary["methods"]["lora"]  # no test rows were given
     lines = read_lines(run / "metrics.jsonl")
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 61))
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 63))
     losses = [line["loss"] for line in lines if "loss" in line]
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
     assert lines[-1].keys() >= {
@@ -79,8 +70,8 @@ def test_a_schedule_of_ranks_that_the_run_is_too_short_for_is_refused_before_wei
         prepare(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scanned", [False, True])
-@pytest.mark.representatives("True")
 def test_a_start_from_the_kernels_decomposes_each_of_them_once(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scanned: bool
 ) -> None:
@@ -115,7 +106,7 @@ def test_a_start_from_the_kernels_decomposes_each_of_them_once(
         ({"method": {"name": "head"}, "head_learning_rate": 1e-5}, 1e-5),
     ],
 )
-@pytest.mark.representatives("candidate1-*", "candidate2-*", "candidate3-*")
+@pytest.mark.representatives("candidate3-*")
 def test_a_candidate_is_trained_at_its_own_learning_rate(
     make_config: MakeConfig, tmp_path: Path, candidate: dict[str, Any], rate: float
 ) -> None:
@@ -130,17 +121,15 @@ def test_a_candidate_is_trained_at_its_own_learning_rate(
     assert max(line.get("learning_rate", 0.0) for line in lines) == pytest.approx(rate)
 
 
-def test_a_finished_run_given_again_says_the_same(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config(train__steps=3)
-    first = job.run(config, tmp_path / "run")
+def test_a_finished_run_given_again_says_the_same(finished: Finished) -> None:
     lines, summary = (
-        read_lines(tmp_path / "run" / "metrics.jsonl"),
-        (tmp_path / "run" / "summary.json").read_text(),
+        read_lines(finished.folder / "metrics.jsonl"),
+        (finished.folder / "summary.json").read_text(),
     )
-    second = job.run(config, tmp_path / "run")
-    assert read_lines(tmp_path / "run" / "metrics.jsonl") == lines
-    assert (tmp_path / "run" / "summary.json").read_text() == summary
-    assert first.seconds == pytest.approx(second.seconds) != 0
+    second = job.run(finished.config, finished.folder)
+    assert read_lines(finished.folder / "metrics.jsonl") == lines
+    assert (finished.folder / "summary.json").read_text() == summary
+    assert finished.result.seconds == pytest.approx(second.seconds) != 0
 
 
 @pytest.mark.slow
@@ -174,46 +163,54 @@ def test_speed_is_that_of_steps_not_of_evaluations(
     assert all(n / rate < 0.4 for n, rate in zip(tokens[2:], rates[2:], strict=True))
 
 
-def test_the_saved_adapter_gives_the_numbers_of_the_run(
-    make_config: MakeConfig, tmp_path: Path
-) -> None:
-    config = make_config(train__steps=10)
-    result = job.run(config, tmp_path / "run")
-    model, base = jaxpeft.load(config.model.path, task="sequence_classification", num_labels=3)
-    _, params = jaxpeft.load_adapter(tmp_path / "run" / "adapter", model, base)
-    jax.tree.map(np.testing.assert_array_equal, params, result.params)
+def test_the_saved_adapter_gives_the_numbers_of_the_run(finished: Finished) -> None:
+    path = finished.config.model.path
+    model, base = jaxpeft.load(path, task="sequence_classification", num_labels=3)
+    _, params = jaxpeft.load_adapter(finished.folder / "adapter", model, base)
+    jax.tree.map(np.testing.assert_array_equal, params, finished.result.params)
 
 
-def test_the_best_step_is_kept_not_the_last(make_config: MakeConfig, tmp_path: Path) -> None:
-    # a rate so high that later steps are worse
-    config = make_config(
-        train__steps=12,
+@pytest.fixture(scope="module")
+def overshot(tiny_models: Mapping[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run at a rate so high that later steps are worse."""
+    folder = tmp_path_factory.mktemp("overshot")
+    config = short_config(
+        tiny_models,
+        folder,
+        "single",
+        train__steps=50,
         evaluation__every_steps=1,
         optimizer__learning_rate=3.0,
         evaluation__metric="loss",
+        evaluation__patience=3,
     )
-    result = job.run(config, tmp_path / "run")
-    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
+    return finish(config, folder / "run")
+
+
+def test_the_best_step_is_kept_not_the_last(overshot: Finished) -> None:
+    result = overshot.result
+    lines = read_lines(overshot.folder / "metrics.jsonl")
     by_step = {line["step"]: line["validation/loss"] for line in lines if "validation/loss" in line}
-    assert result.best_step == min(by_step, key=lambda step: by_step[step]) < 12
+    assert len(by_step) == result.steps
+    assert result.best_step == min(by_step, key=lambda step: by_step[step]) < result.steps
     assert math.isclose(result.test["loss"], by_step[result.best_step], rel_tol=1e-6)
 
 
-def test_a_run_saves_and_evaluates_at_the_end_of_each_epoch(
-    make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saved: list[int] = []
-    real = Checkpoints.save
-    monkeypatch.setattr(
-        Checkpoints, "save", lambda self, step, *rest: saved.append(step) or real(self, step, *rest)
-    )
+def test_patience_stops_early(overshot: Finished) -> None:
+    result = overshot.result
+    assert result.steps == result.best_step + 3 < 50
+    again = job.run(overshot.config, overshot.folder)  # and stays stopped
+    assert (again.steps, again.test) == (result.steps, result.test)
+
+
+def test_a_run_saves_and_evaluates_at_the_end_of_each_epoch(finished: Finished) -> None:
     # of 48 rows, 6 steps an epoch
-    config = make_config(train__steps=14, checkpoint__every_steps=None)
-    job.run(config, tmp_path / "run")
-    lines = read_lines(tmp_path / "run" / "metrics.jsonl")
-    assert saved == [line["step"] for line in lines if "validation/loss" in line] == [6, 12, 14]
+    lines = read_lines(finished.folder / "metrics.jsonl")
+    evaluated = [line["step"] for line in lines if "validation/loss" in line]
+    assert list(finished.saved) == evaluated == [*range(6, 61, 6), 62]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_does_not_evaluate_again_what_was_before(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,19 +256,7 @@ def test_figures_are_called_by_the_rows_that_they_are_of(
         assert {"test": "test/loss", "validation": "best_validation/loss"}[name] in last
 
 
-def test_patience_stops_early(make_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config(
-        train__steps=50,
-        evaluation__every_steps=1,
-        optimizer__learning_rate=3.0,
-        evaluation__patience=3,
-    )
-    result = job.run(config, tmp_path / "run")
-    assert result.steps == result.best_step + 3 < 50
-    again = job.run(config, tmp_path / "run")  # and stays stopped
-    assert (again.steps, again.test) == (result.steps, result.test)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options", "figure"),
     [
@@ -287,7 +272,6 @@ def test_patience_stops_early(make_config: MakeConfig, tmp_path: Path) -> None:
         ("text", {"train__accumulation": 4, "model__compute_dtype": "bfloat16"}, "loss"),
     ],
 )
-@pytest.mark.representatives("text-*-loss", "regression-*")
 def test_every_kind_of_data_and_method_runs(
     make_config: MakeConfig, tmp_path: Path, kind: str, options: dict[str, Any], figure: str
 ) -> None:
@@ -296,6 +280,7 @@ def test_every_kind_of_data_and_method_runs(
     assert math.isfinite(result.test[figure])
 
 
+@pytest.mark.slow
 def test_a_run_that_blows_up_stops_with_the_steps_and_a_way_out(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -57,6 +57,7 @@ def test_a_language_model_predicts_the_next_token() -> None:
 
 
 @pytest.mark.parametrize("name", ["tokens", "causal_lm"])
+@pytest.mark.representatives("tokens")
 def test_a_batch_without_any_label_gives_zero_and_zero_gradient(name: str) -> None:
     batch = {"labels": jnp.full((2, 4), -100, jnp.int32), "weights": jnp.ones(2)}
     logits = jnp.asarray(RNG.normal(size=(2, 4, 5)), jnp.float32)

@@ -100,6 +100,7 @@ def test_adamw_is_torchs() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
+@pytest.mark.representatives("adafactor", "lion", "sgd")
 def test_every_optimizer_goes_down_a_slope(name: str) -> None:
     optimizer = optimizers.build(
         OptimizerConfig(name=name, learning_rate=0.02, schedule="constant"), 100
@@ -135,6 +136,7 @@ def test_the_head_has_its_own_learning_rate() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
 @pytest.mark.parametrize("head", [None, 0.1])
+@pytest.mark.representatives("0.1-*", "None-lion", "None-sgd")
 def test_weight_decay_leaves_biases_and_norms_alone(name: str, head: float | None) -> None:
     options = {
         "name": name,
@@ -184,6 +186,7 @@ def test_any_method_that_trains_the_head_alone_gets_its_rate() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "sgd"])
+@pytest.mark.representatives("lion", "sgd")
 def test_weight_decay_follows_the_learning_rate_of_each_part(name: str) -> None:
     """Without a gradient a kernel shrinks by `rate * decay` a step, whatever the optimizer."""
     options = OptimizerConfig(

@@ -44,6 +44,7 @@ def test_on_a_cpu_nothing_is_computed_again_and_layers_are_unrolled(
 @pytest.mark.parametrize(
     ("kind", "gigabytes", "remat"), [("text", 10.0, "products"), ("single", 1e-6, "full")]
 )
+@pytest.mark.representatives("text-*")
 def test_remat_is_chosen_by_the_memory_that_is_given(
     options: Callable[..., ModelOptions],
     caplog: pytest.LogCaptureFixture,
@@ -79,6 +80,7 @@ def test_remat_that_is_asked_for_stays(options: Callable[..., ModelOptions]) -> 
         ),
     ],
 )
+@pytest.mark.representatives("given0-*", "given1-*", "given2-*")
 def test_many_layers_for_few_steps_are_scanned(
     options: Callable[..., ModelOptions],
     monkeypatch: pytest.MonkeyPatch,

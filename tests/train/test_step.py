@@ -172,8 +172,8 @@ def gradients(**options: Any) -> Any:
     return grad(trainable, frozen, batch(), None)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.representatives("scanned")
 def test_every_remat_policy_gives_the_same_gradients(scan: bool) -> None:
     plain = gradients(scan_layers=scan)
     for policy in list(REMAT_POLICIES)[1:]:
@@ -189,6 +189,7 @@ def test_full_remat_computes_the_forward_pass_again() -> None:
     assert flops("full") > 1.15 * flops("none")
 
 
+@pytest.mark.slow
 def test_bfloat16_compute_trains_float32_adapters() -> None:
     model, trainable, frozen = setup(jaxpeft.LoRA(rank=4), dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in jax.tree.leaves(trainable)} == {jnp.dtype("float32")}
@@ -214,6 +215,7 @@ def test_dropout_follows_the_seed(losses_of_seeds: Callable[[int], float]) -> No
 
 
 @pytest.mark.parametrize("where", ["loss", "one leaf"])
+@pytest.mark.representatives("one leaf")
 def test_a_step_that_is_not_finite_changes_nothing_but_its_number(where: str) -> None:
     model, trainable, frozen = setup(jaxpeft.LoRA(rank=4))
     optimizer = optax.adamw(0.1)

@@ -38,7 +38,7 @@ def gap(model: Any, one: Any, other: Any) -> float:
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-@pytest.mark.representatives("ia3-dora", "oft-hira", "delora-miss", "road-dora")
+@pytest.mark.representatives("ia3-dora")
 def test_methods_that_share_a_site_are_merged_as_they_compute(pair: tuple[str, str]) -> None:
     """HiRA, DoRA and MiSS compute with the kernel as it was, whatever another method makes of
     it.
@@ -52,7 +52,7 @@ def test_methods_that_share_a_site_are_merged_as_they_compute(pair: tuple[str, s
 
 @pytest.mark.parametrize("layers", [(0,), (1,)])
 @pytest.mark.parametrize("name", ["dora", "oft", "shira", "vblora", "hira"])
-@pytest.mark.representatives("dora-layers0", "oft-layers1", "vblora-layers0")
+@pytest.mark.representatives("dora-layers0")
 def test_stacked_layers_with_biases_are_merged_where_some_are_not_adapted(
     name: str, layers: tuple[int, ...]
 ) -> None:

@@ -34,7 +34,7 @@ def rewritten(form: str | None, scan: bool) -> tuple[Any, Any, Any]:
 
 @both
 @every_form
-@pytest.mark.representatives("nf4-scanned", "int8-unrolled")
+@pytest.mark.representatives("int8-unrolled")
 def test_the_merged_base_computes_what_base_and_adapter_did(
     form: str, scan: bool, caplog: Any
 ) -> None:

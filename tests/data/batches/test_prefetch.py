@@ -99,7 +99,7 @@ def test_the_next_items_are_made_while_one_is_used() -> None:
         ("hangs", 2, WorkerError, HANGS),
     ],
 )
-@pytest.mark.representatives("hangs-2-*", "other-0-*", "timeout-1-*")
+@pytest.mark.representatives("other-0-*", "timeout-1-*")
 def test_what_goes_wrong_is_told_behind_the_items_before_it(
     how: str, workers: int, kind: type[Exception], text: str
 ) -> None:
@@ -180,6 +180,7 @@ def test_a_thread_that_hangs_does_not_keep_its_owner() -> None:
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["ends", "is killed"])
+@pytest.mark.representatives("ends")
 def test_a_program_that_ends_with_items_open_takes_its_workers_with_it(killed: bool) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(killed=killed)],

@@ -128,6 +128,7 @@ def test_another_capacity_is_another_fingerprint() -> None:
         ("dolly-150/test.jsonl", "instruction", 0.97),
     ],
 )
+@pytest.mark.representatives("tinystories-*")
 def test_real_rows_fill_most_of_1024(asset: Any, name: str, kind: Any, least: float) -> None:
     examples = make_examples(read_rows(asset(name)), kind=kind)
     tokenizer = AutoTokenizer.from_pretrained(asset("stories260K/hf"))

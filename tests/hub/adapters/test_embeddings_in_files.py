@@ -234,6 +234,7 @@ def test_a_base_with_too_few_tokens_is_told_how_many(reference, tmp_path, option
 @pytest.mark.parametrize(
     "size", [{"boft_block_size": 4}, {"boft_block_size": 0, "boft_block_num": 4}]
 )
+@pytest.mark.representatives("size1")
 def test_boft_of_two_factors_from_a_peft_without_cuda_has_one(reference, tmp_path, size):
     folder = reference("llama", CAUSAL).folder
     theirs = adapted(

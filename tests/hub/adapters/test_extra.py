@@ -39,6 +39,7 @@ def drop_record(folder):
 
 @pytest.mark.parametrize("bit", [0, 9, 22])
 @pytest.mark.parametrize("tensor", [f"{QUERY}.lora_A.weight", "base_model.model.classifier.bias"])
+@pytest.mark.representatives("*lora_A.weight-22", "*classifier.bias-0")
 def test_a_flipped_bit_is_refused_by_the_name_of_its_tensor(save, tensor, bit):
     saved = save()
     flip(saved.folder / WEIGHTS, tensor, bit)
@@ -63,6 +64,7 @@ def test_a_flipped_bit_is_refused_by_the_name_of_its_tensor(save, tensor, bit):
     ],
     ids=["full", "ia3", "adapters library", "mixed"],
 )
+@pytest.mark.representatives("full", "adapters library")
 def test_a_flipped_bit_is_found_in_the_files_of_every_layout(save, method, kind, task):
     saved = save(method, kind, task)
     files = sorted(saved.folder.rglob("*.safetensors"))

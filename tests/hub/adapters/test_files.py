@@ -57,6 +57,7 @@ def test_saving_and_loading_gives_the_same_bits(save, kind, task, method, option
 
 
 @pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.representatives("all")
 def test_scanned_and_unrolled_layers_share_their_adapters(save, bias):
     method = LoRA(
         rank=4, targets=("query", "dense"), rank_pattern={"0.attention.self.query": 2}, bias=bias

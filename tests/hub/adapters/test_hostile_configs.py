@@ -115,6 +115,7 @@ FIELDS = [
 @pytest.mark.parametrize(
     ("kind", "field"), [(kind, field) for kind, fields in FIELDS for field in fields]
 )
+@pytest.mark.representatives("llama-*", "distilbert-*", "bert-[!i]*")
 def test_no_value_of_config_json_ends_in_anothers_error(reference, tmp_path, kind, field):
     task = "causal_lm" if kind == "llama" else "sequence_classification"
     folder = edited(reference(kind, task).folder, tmp_path / "m")

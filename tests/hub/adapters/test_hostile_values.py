@@ -73,6 +73,7 @@ def outcomes(file: Any, load: Any, seed: int, count: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "bert", "distilbert"])
+@pytest.mark.representatives("llama", "bert")
 def test_config_json(reference, tmp_path, kind):
     task = "causal_lm" if kind in ("llama", "qwen3") else "sequence_classification"
     folder = edited(reference(kind, task).folder, tmp_path / "m")
@@ -81,6 +82,7 @@ def test_config_json(reference, tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", METHODS)
+@pytest.mark.representatives("ia3", "lora", "vera")
 def test_adapter_config_json(reference, tmp_path, name):
     model, base = reference("llama", "causal_lm").load()
     method = METHODS[name]

@@ -113,6 +113,7 @@ def second(params: Any) -> Any:
 @pytest.mark.parametrize(
     ("kind", "task"), [("llama", "causal_lm"), ("bert", "sequence_classification")]
 )
+@pytest.mark.representatives("llama-causal_lm-scanned", "bert-*")
 def test_it_is_loaded_as_the_model_that_is_quantized_on_the_way(
     reference: Any, folder: Any, scan: bool, kind: str, task: Any
 ) -> None:
@@ -123,8 +124,8 @@ def test_it_is_loaded_as_the_model_that_is_quantized_on_the_way(
         assert model.options.quant == jaxpeft.Quant("nf4")
 
 
+@pytest.mark.slow
 @both
-@pytest.mark.representatives("scanned")
 def test_without_double_quantization_the_scales_are_those_of_the_file(
     reference: Any, folder: Any, scan: bool
 ) -> None:
@@ -350,6 +351,7 @@ def test_what_contradicts_the_files_is_refused(folder: Any, reference: Any, tmp_
         jaxpeft.load(plain, task="causal_lm")
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_saved_and_merged(
     folder: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

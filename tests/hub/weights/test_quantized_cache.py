@@ -59,7 +59,7 @@ def entries(root: Path) -> list[Path]:
 
 @pytest.mark.parametrize("form", QUANTIZED)
 @pytest.mark.parametrize("written", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.representatives("scanned-nf4", "unrolled-int8")
+@pytest.mark.representatives("unrolled-int8")
 def test_what_is_read_again_is_bit_by_bit_what_was_quantized(
     root: Path,
     base: Path,

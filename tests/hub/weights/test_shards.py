@@ -184,9 +184,9 @@ def test_a_sharding_that_does_not_fit_is_refused_with_its_leaf(reference: Any) -
         found.read(0, by_three)
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("quant", [None, "nf4"])
-@pytest.mark.representatives("None-unrolled", "nf4-scanned")
 def test_leaves_may_lie_in_the_memory_of_the_host(
     reference: Any, quant: str | None, scan: bool
 ) -> None:
@@ -203,7 +203,7 @@ def test_leaves_may_lie_in_the_memory_of_the_host(
 
 
 @each_way
-@pytest.mark.representatives("both", "whole")
+@pytest.mark.representatives("whole")
 def test_a_new_head_has_the_same_numbers_on_any_mesh(reference: Any, way: str) -> None:
     folder = reference("roberta", "encoder").folder
     options: Any = {"task": "sequence_classification", "num_labels": 4, "scan_layers": True}
@@ -275,11 +275,7 @@ BASES = {"flat": (SIZES, (4, 2)), "rows": (WIDE, (2, 2)), "padded": (PADDED, (3,
     ("form", "base"),
     [*(("nf4", base) for base in BASES), *((form, "rows") for form in QUANTIZED if form != "nf4")],
 )
-@pytest.mark.representatives(
-    "nf4-flat-both-*",
-    "int4-rows-columns-scanned",
-    "fp8-rows-rows-unrolled",
-)
+@pytest.mark.representatives("nf4-flat-both-scanned", "fp8-rows-rows-unrolled")
 def test_codes_and_scales_are_bit_by_bit_those_of_one_device(
     reference: Any, form: Any, way: str, scan: bool, base: str
 ) -> None:
