@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxpeft.command.model_arguments import ModelArguments, data_flags
-from jaxpeft.command.running import run_command
+from jaxpeft.command.running import run_command, write_lines
 from jaxpeft.config.literals import unescape
 from jaxpeft.core.options import option
 from jaxpeft.errors import ConfigError
@@ -100,13 +100,13 @@ def _run(args: EvaluateArguments) -> int:
 
     with data_flags():
         found = assess(_request(args, data_options))
-    sys.stdout.write(report(found, args.show) + "\n")
+    write_lines(report(found, args.show))
     if args.json is not None:
         text = json.dumps(result_json(found), indent=1, ensure_ascii=False)
         atomic.write_text(Path(args.json).expanduser(), text + "\n")
     if args.plot is not None:
         files = draw(Path(args.plot).expanduser(), found.own, found.rows.labels)
-        sys.stdout.write(f"plots: {', '.join(map(str, files))}\n")
+        write_lines(f"plots: {', '.join(map(str, files))}")
     return 0
 
 

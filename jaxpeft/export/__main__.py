@@ -33,7 +33,7 @@ from types import FrameType
 
 from jaxpeft.choices import Dtype, ExportTarget, Task
 from jaxpeft.command.parser import Arguments
-from jaxpeft.command.running import run_command
+from jaxpeft.command.running import run_command, write_lines
 from jaxpeft.core.options import option
 from jaxpeft.errors import ConfigError
 
@@ -99,7 +99,7 @@ def _run(args: ExportArguments) -> int:
         allow_base=args.allow_base,
         allow_no_op=args.allow_no_op,
     )
-    sys.stdout.write("\n".join(export(request).lines) + "\n")
+    write_lines(*export(request).lines)
     return 0
 
 
@@ -132,7 +132,7 @@ def _verify(args: ExportArguments, url: str) -> int:
         allow_base=args.allow_base,
     )
     verdict = verify(request, server)
-    sys.stdout.write("\n".join(verdict.lines) + "\n")
+    write_lines(*verdict.lines)
     return 0 if verdict.serves_adapter else 1
 
 

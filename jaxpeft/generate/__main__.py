@@ -21,7 +21,7 @@ from pathlib import Path
 from jaxpeft.command.model_arguments import ModelArguments, data_flags
 from jaxpeft.command.running import run_command
 from jaxpeft.core.options import option
-from jaxpeft.errors import ConfigError
+from jaxpeft.errors import ConfigError, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,8 @@ def _run(args: GenerateArguments) -> int:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    """Write generated text; to a terminal, without control characters that would act on it."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

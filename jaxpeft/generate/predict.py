@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxpeft import atomic
+from jaxpeft.command.running import write_lines
 from jaxpeft.config.model_config import ModelConfig
 from jaxpeft.config.schema import Config
 from jaxpeft.data.chat.supervise import IGNORED
@@ -65,7 +65,7 @@ def predict_file(
     ]
     text = "".join(lines)
     if output is None:
-        sys.stdout.write(text)
+        write_lines(text.removesuffix("\n"))
         return
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(Path(output), text)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft.command.parser import ConfigArguments, Overrides
-from jaxpeft.command.running import load_config, run_command
+from jaxpeft.command.running import load_config, run_command, write_lines
 from jaxpeft.config import Config
 from jaxpeft.core.options import option
 from jaxpeft.errors import ConfigError, nearest
@@ -169,7 +169,7 @@ def _run(job: PlanJob) -> int:
         arguments.tries,
     )
     plan = plan_strategies(request)
-    sys.stdout.write(report.as_table(plan))
+    write_lines(report.as_table(plan).removesuffix("\n"))
     write(plan, arguments.json, arguments.plot)
     return 0 if plan.best is not None else NONE_FITS
 

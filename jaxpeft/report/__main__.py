@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jaxpeft import atomic
 from jaxpeft.command.parser import Arguments
-from jaxpeft.command.running import run_command
+from jaxpeft.command.running import run_command, write_lines
 from jaxpeft.core.options import option
 from jaxpeft.errors import ConfigError
 
@@ -57,7 +57,7 @@ def _run(args: ReportArguments) -> int:
         if one.other_run:
             _log.warning("--evaluation %s: %s", one.found.file, one.other_run)
     atomic.write_text(out, run_page.html(run, sections))
-    sys.stdout.write(f"wrote {out}\n")
+    write_lines(f"wrote {out}")
     return 0
 
 

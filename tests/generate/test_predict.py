@@ -79,6 +79,25 @@ def test_a_classifier_gives_labels_with_probabilities(
     assert [row["prediction"] for row in again] == [row["prediction"] for row in found]
 
 
+def test_labels_do_not_control_the_terminal(make: Make, tmp_path: Path, capsys: Any) -> None:
+    names = tuple(f"{name}\x9b31m" for name in NAMES)
+    adapter, _ = make("sequence_classification", 3, labels=names)
+    source = write_csv(tmp_path / "in.csv", text=TEXTS)
+    assert command.main(["--adapter", str(adapter), "--input", str(source)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x9b" not in shown
+    assert {json.loads(line)["prediction"] for line in shown.splitlines()} <= {*names}
+
+
+def test_generated_text_does_not_control_the_terminal(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command._write("\x1b[2Jtext\n")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    command._write("\x1b[2Jtext\n")
+    assert capsys.readouterr().out == "\x1b[2Jtext\n\\u001b[2Jtext\n"
+
+
 def test_pairs_with_several_labels(make: Make, tmp_path: Path, capsys: Any) -> None:
     adapter, logits = make(
         "sequence_classification", 3, labels=NAMES, problem_type="multi_label_classification"
