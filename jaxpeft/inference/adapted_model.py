@@ -127,10 +127,11 @@ def load_adapted(
             options["quant"] = read_quant(folder.settings.quant, str(folder.folder))
         request = request_of(folder, task=task, pooling=pooling, vocab_size=vocab_size, **options)
     outlined = _outline(name, request, revision, folder, base)
-    mesh, model, params = _read(outlined, sharding)
+    mesh, model, params = _read(outlined, sharding, log_head=folder is None)
     if folder is None:
         return AdaptedModel(model, params, params, Settings(), mesh=mesh)
     method, adapted = load_adapter(folder.folder, model, params, allow_base=allow_base)
+    outlined.log_new_head(params, adapted)
     return AdaptedModel(model, params, adapted, folder.settings, method, folder.folder, mesh)
 
 
@@ -169,17 +170,17 @@ def _outline(
 
 
 def _read(
-    outlined: loading.Outline, sharding: MeshConfig | None
+    outlined: loading.Outline, sharding: MeshConfig | None, *, log_head: bool
 ) -> tuple[Mesh | None, Pretrained, Tree]:
     """Read the parameters, sharded over a mesh if requested."""
     if sharding is None:
-        return None, outlined.model, outlined.read()
+        return None, outlined.model, outlined.read(log_head=log_head)
     mesh = create_device_mesh(sharding, heads=heads_of(outlined.config))
     rules = sharding_rules(sharding)
     fetching.require_host_memory(rules, mesh)
     found = layout(mesh, rules, outlined.leaves)
     model = fetching.fetch_kernels(outlined.model, found)
-    return mesh, model, outlined.read_sharded(found, 0)
+    return mesh, model, outlined.read_sharded(found, 0, log_head=log_head)
 
 
 def with_params(loaded: AdaptedModel, params: Mapping[str, Any]) -> AdaptedModel:

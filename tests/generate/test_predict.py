@@ -61,13 +61,16 @@ def write_csv(path: Path, **columns: list[Any]) -> Path:
 
 
 def test_a_classifier_gives_labels_with_probabilities(
-    make: Make, tmp_path: Path, capsys: Any
+    make: Make, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     adapter, logits = make(
         "sequence_classification", 3, labels=NAMES, problem_type="single_label_classification"
     )
     source = write_csv(tmp_path / "in.csv", id=[1, 2, 3], text=TEXTS)
-    found = predict(adapter, source, capsys)
+    with caplog.at_level("INFO", logger="jaxpeft"):
+        caplog.clear()
+        found = predict(adapter, source, capsys)
+    assert "newly initialized" not in caplog.text and "loaded lora adapter" in caplog.text
     assert [row["text"] for row in found] == TEXTS
     for row, text in zip(found, TEXTS, strict=True):
         wanted = np.asarray(jax.nn.softmax(logits(text)))
