@@ -32,6 +32,7 @@ from pathlib import Path
 from types import FrameType
 
 from jaxpeft.choices import Dtype, ExportTarget, Task
+from jaxpeft.command.output_paths import folder_problem
 from jaxpeft.command.parser import Arguments
 from jaxpeft.command.running import run_command, write_lines
 from jaxpeft.core.options import option
@@ -82,6 +83,8 @@ def _run(args: ExportArguments) -> int:
     needed = ("adapter", "to", "out")
     missing = [f"--{name}: is required; see --help" for name in needed if not getattr(args, name)]
     stray = ["--model: needs --verify"] if args.model is not None else []
+    occupied = folder_problem("--out", args.out, is_new=True)
+    stray += [occupied] if occupied else []
     if args.adapter is None or args.to is None or args.out is None or stray:
         raise ConfigError([*missing, *stray])
     # imports JAX, so only for valid arguments

@@ -55,6 +55,11 @@ class Conversation:
         return dataclasses.replace(self, turns=(*self.turns, {"role": role, "content": text}))
 
 
+def opening(system: str | None) -> Dialog:
+    """Return a first question, with which a chat template is tried."""
+    return Dialog(Conversation(system=system).add("user", "?").messages)
+
+
 def talk(
     session: Session, read: Callable[[str], str] = input, console: Console | None = None
 ) -> None:
@@ -73,7 +78,7 @@ def talk(
     out = console or Console(file=sys.stdout, highlight=False)
     talked = Conversation(system=session.args.system)
     # an unusable template is an error before the first question
-    session.encode(Dialog(talked.add("user", "?").messages))
+    session.encode(opening(session.args.system))
     shown = read is not input or sys.stdin.isatty()
     out.print("/help lists the commands, /quit ends", style="dim")
     while True:

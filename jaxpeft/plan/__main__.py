@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxpeft.command.output_paths import file_problem
 from jaxpeft.command.parser import ConfigArguments, Overrides
 from jaxpeft.command.running import load_config, run_command, write_lines
 from jaxpeft.config import Config
@@ -98,23 +99,9 @@ def job_of(arguments: PlanArguments, overrides: Overrides = ()) -> PlanJob:
 
 def _unwritable(flag: str, path: str | None) -> str | None:
     """Return the problem with an output file, or None; checked early, as a plan takes minutes."""
-    if path is None:
-        return None
-    file = Path(path).absolute()
-    if not file.parent.is_dir():
-        return f"--{flag}: {path}: its folder does not exist; create it, or give another path"
-    if file.is_dir():
-        return f"--{flag}: {path}: is a folder; give a file in it"
-    if flag == "plot" and file.suffix != ".png":
+    if flag == "plot" and path is not None and Path(path).suffix != ".png":
         return f"--plot: {path}: must end in .png"
-    new = not file.exists()
-    try:
-        file.open("ab").close()
-    except OSError as error:
-        return f"--{flag}: {path}: cannot be written ({error.strerror}); give another path"
-    if new:
-        file.unlink()
-    return None
+    return file_problem(f"--{flag}", path)
 
 
 def _strategies(
