@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 _LONGEST_NAME = 200
 """Longer text is not a mistyped name."""
+_CONTROLS = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Characters that control a terminal, end lines or reorder text, and halves of surrogate pairs."""
 
 
 class JaxpeftError(Exception):
@@ -83,6 +88,18 @@ def show(value: object, most: int = 80) -> str:
         # an integer with thousands of digits, or deeply nested lists
         return f"{type(value).__name__} that is too large to be shown"
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
+def printable(text: str, keep: str = "\t\n") -> str:
+    r"""Return text for a terminal, with control characters as `\u001b`, as in JSON.
+
+    Args:
+        text: text that may come from a file.
+        keep: control characters to keep.
+    """
+    return _CONTROLS.sub(
+        lambda found: found[0] if found[0] in keep else f"\\u{ord(found[0]):04x}", text
+    )
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:

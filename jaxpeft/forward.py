@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -93,14 +95,32 @@ def run(
     if isinstance(model, nnx.Module):
         return nnx_trees.run(model, params, hooks, (rngs or {}).get("dropout"), args, kw)
     variables = {"params": params, **kw.pop("variables", {})}
-    try:
+
+    def compute(hooks: Hooks) -> Any:
         with nn.intercept_methods(interceptor(hooks)):
             return model.apply(
                 variables, *args, rngs=dict(rngs) if rngs else None, method=method, **options, **kw
             )
+
+    try:
+        return compute(hooks)
     except JaxpeftError:
         raise
     except inputs.FAILURES as error:
+        if rows is None and _computes(partial(compute, replace(hooks, rows=jnp.int32(0)))):
+            raise ConfigError(
+                "adapter: the parameters are an adapter stack (jaxpeft.bank), so the adapter must"
+                " be selected; pass adapter=i, or one index for each row"
+            ) from error
         if why := inputs.find_misfit(model, params, args, kw):
             raise ConfigError(why) from error
         raise
+
+
+def _computes(compute: Callable[[], Any]) -> bool:
+    """Return whether a function of arrays computes, without running it."""
+    try:
+        jax.eval_shape(compute)
+    except (JaxpeftError, *inputs.FAILURES):
+        return False
+    return True

@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
+from jaxpeft.errors import printable
+
 
 class StderrHandler(logging.Handler):
-    """Writes each record as a line to the current `sys.stderr`."""
+    """Writes each record as a line to the current `sys.stderr`, without control characters."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record."""
-        sys.stderr.write(self.format(record) + "\n")
+        sys.stderr.write(printable(self.format(record)) + "\n")
 
 
 class _Fallback(StderrHandler):

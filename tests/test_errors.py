@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxpeft.errors import nearest, show
+from jaxpeft.errors import nearest, printable, show
 
 
 @pytest.mark.parametrize("value", [None, True, 3, 1e-5, "x" * 78, ["a", 1]])
@@ -24,6 +24,21 @@ def test_what_python_cannot_write_is_named_by_its_type():
     assert show(deep) == "list that is too large to be shown"
     while deep:
         deep = deep[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[31m\x9b1m\x00\r", "a\\u001b[31m\\u009b1m\\u0000\\u000d"),
+        ("\u202egnp.exe\u2028\ud800", "\\u202egnp.exe\\u2028\\ud800"),
+        ("two\tlines\n", "two\tlines\n"),
+        ("\u00e9\u00a0\U0001f468\u200d\U0001f469", "\u00e9\u00a0\U0001f468\u200d\U0001f469"),
+    ],
+    ids=["escapes", "order", "kept", "letters"],
+)
+def test_text_for_a_terminal_has_no_control_characters(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    assert printable("a\nb", keep="") == "a\\u000ab"
 
 
 def test_no_name_is_near_to_a_long_text():

@@ -14,7 +14,7 @@ from jaxpeft.command.help import help_text, requested_section
 from jaxpeft.command.parser import Arguments, ConfigArguments, Overrides, read_arguments
 from jaxpeft.config import Config
 from jaxpeft.config.json_schema import schema_text
-from jaxpeft.errors import ConfigError
+from jaxpeft.errors import ConfigError, printable
 from jaxpeft.processes.exit_codes import run_guarded
 
 A = TypeVar("A", bound=Arguments)
@@ -55,6 +55,11 @@ def run_command(
         return body(arguments, overrides)
 
     return run_guarded(run, show_traceback=show_traceback)
+
+
+def write_lines(*lines: str) -> None:
+    """Write lines to standard output, without control characters, which may come from files."""
+    sys.stdout.write("".join(f"{printable(line)}\n" for line in lines))
 
 
 def load_config(

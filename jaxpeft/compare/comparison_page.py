@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from jaxpeft.config.schema import Config
 from jaxpeft.evaluation.metrics import LOWER_IS_BETTER
 from jaxpeft.report.base_title import base_title
 from jaxpeft.report.page_templates import render
-from jaxpeft.report.svg_charts import Axis, nice_ticks
+from jaxpeft.report.svg_charts import Axis, is_drawable, nice_ticks
 from jaxpeft.train import next_steps, records
 
 
@@ -53,16 +52,16 @@ def html(
 
 
 def _axis(done: Mapping[str, Any]) -> Axis:
-    """Return the axis of all values and intervals that are finite."""
+    """Return the axis of all values and intervals that can be drawn."""
     figures = [one["figure"] for one in done.values()]
     ends = [end for one in figures for end in (one["mean"], *(one["interval"] or ()))]
-    ticks = nice_ticks([end for end in ends if math.isfinite(end)] or [0.0, 1.0])
+    ticks = nice_ticks([end for end in ends if is_drawable(end)] or [0.0, 1.0])
     return Axis(ticks[0], ticks[-1])
 
 
 def _marks(figure: Mapping[str, Any]) -> Sequence[tuple[int, float, float | None, float | None]]:
     """Return the color, mean and interval of a candidate, as the template draws them."""
-    if not math.isfinite(figure["mean"]):
+    if not is_drawable(figure["mean"]):
         return []
     low, high = figure["interval"] or (None, None)
     return [(0, figure["mean"], low, high)]

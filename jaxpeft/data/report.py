@@ -16,6 +16,7 @@ from jaxpeft.data.examples.make import Examples
 from jaxpeft.data.pipeline import Splits, make_batches
 from jaxpeft.data.tokens.packing import fill
 from jaxpeft.data.tokens.token_arrays import Encoded
+from jaxpeft.errors import printable
 
 MOST_LABELS = 20
 MOST_NOTES = 20
@@ -43,7 +44,7 @@ def rows(splits: Splits, n: int, *, color: bool) -> Iterator[Text]:
         counts = f"{encoded.lengths[row]} tokens" + (
             f", {int(in_loss.sum())} learned" if encoded.per_token else ""
         )
-        yield Text(f"--- row {row + 1}: {counts}{_label(splits, row)}", style="bold")
+        yield _text(f"--- row {row + 1}: {counts}{_label(splits, row)}", "bold")
         yield _render_tokens(splits.tokenizer, encoded, at, in_loss, color)
 
 
@@ -55,16 +56,16 @@ def reading_notes(examples: Examples) -> Iterator[Text]:
     """
     notes = examples.rows.notes
     for note in notes[:MOST_NOTES]:
-        yield Text(note)
+        yield _text(note)
     if len(notes) > MOST_NOTES:
-        yield Text(f"({len(notes) - MOST_NOTES} more files)")
+        yield _text(f"({len(notes) - MOST_NOTES} more files)")
     used = examples.columns.named_fields()
     unused = [column for column in examples.rows.columns() if column not in used.values()]
     parts = [f"{field} is {column!r}" for field, column in used.items()]
     if unused:
         more = ", ..." if len(unused) > MOST_LABELS else ""
         parts.append(f"unused: {', '.join(map(repr, unused[:MOST_LABELS]))}{more}")
-    yield Text(f"columns: {'; '.join(parts)}")
+    yield _text(f"columns: {'; '.join(parts)}")
 
 
 def pairs(examples: Examples, n: int) -> Iterator[Text]:
@@ -76,12 +77,17 @@ def pairs(examples: Examples, n: int) -> Iterator[Text]:
         n: number of pairs.
     """
     for row, pair in enumerate(examples.texts[:n], 1):
-        yield Text(f"--- pair {row}", style="bold")
+        yield _text(f"--- pair {row}", "bold")
         chosen, rejected = _answer_text(pair.chosen), _answer_text(pair.rejected)
         shared = [turn for turn, other in zip(chosen, rejected, strict=False) if turn == other]
-        yield Text("\n".join(shared), style="dim")
+        yield _text("\n".join(shared), "dim")
         for name, turns, style in (("chosen", chosen, "green"), ("rejected", rejected, "red")):
-            yield Text(f"{name}: " + "\n".join(turns[len(shared) :]), style=style)
+            yield _text(f"{name}: " + "\n".join(turns[len(shared) :]), style)
+
+
+def _text(text: str, style: str = "") -> Text:
+    """Return text as it is shown: without control characters, which rows may contain."""
+    return Text(printable(text), style)
 
 
 def _answer_text(answer: Dialog | Completion) -> list[str]:
@@ -113,7 +119,7 @@ def _render_tokens(
         first = int(run[0])
         if first and segments[first] != segments[first - 1]:
             text.append("\n- - -\n", style="bold")
-        part = tokenizer.decode(ids[run].tolist())
+        part = printable(tokenizer.decode(ids[run].tolist()))
         if color:
             text.append(part, style="green" if in_loss[first] or not encoded.per_token else "dim")
         else:
@@ -130,7 +136,7 @@ def statistics(config: Config, splits: Splits) -> Table:
         splits: the data of the run.
     """
     table = Table(
-        title=f"{splits.examples.rows.name}: {splits.examples.kind}", title_justify="left"
+        title=_text(f"{splits.examples.rows.name}: {splits.examples.kind}"), title_justify="left"
     )
     parts = {"train": splits.train, "validation": splits.validation}
     if splits.test is not splits.validation:
@@ -157,7 +163,7 @@ def statistics(config: Config, splits: Splits) -> Table:
     steps = batches.steps_per_epoch
     table.add_row("steps per epoch", "unknown: streamed" if steps is None else f"{steps:,}", *blank)
     for label, counts in _labels(parts):
-        table.add_row(f"label {label}", *(f"{count:,}" for count in counts))
+        table.add_row(_text(f"label {label}"), *(f"{count:,}" for count in counts))
     return table
 
 

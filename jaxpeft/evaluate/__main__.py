@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxpeft.command.model_arguments import ModelArguments, data_flags
-from jaxpeft.command.running import run_command
+from jaxpeft.command.output_paths import file_problem, folder_problem
+from jaxpeft.command.running import run_command, write_lines
 from jaxpeft.config.literals import unescape
 from jaxpeft.core.options import option
 from jaxpeft.errors import ConfigError
@@ -88,9 +89,6 @@ def main(argv: list[str]) -> int:
 
 def _run(args: EvaluateArguments) -> int:
     data_options = _data_options(args)
-    for name, path in (("json", args.json), ("plot", args.plot)):
-        if path is not None and not Path(path).expanduser().absolute().parent.is_dir():
-            raise ConfigError(f"--{name}: {path!r} is in a folder that does not exist; create it")
     # imports JAX, so only for valid arguments
     from jaxpeft import atomic
     from jaxpeft.evaluate.assessment import assess
@@ -100,13 +98,13 @@ def _run(args: EvaluateArguments) -> int:
 
     with data_flags():
         found = assess(_request(args, data_options))
-    sys.stdout.write(report(found, args.show) + "\n")
+    write_lines(report(found, args.show))
     if args.json is not None:
         text = json.dumps(result_json(found), indent=1, ensure_ascii=False)
         atomic.write_text(Path(args.json).expanduser(), text + "\n")
     if args.plot is not None:
         files = draw(Path(args.plot).expanduser(), found.own, found.rows.labels)
-        sys.stdout.write(f"plots: {', '.join(map(str, files))}\n")
+        write_lines(f"plots: {', '.join(map(str, files))}")
     return 0
 
 
@@ -149,6 +147,8 @@ def _data_options(args: EvaluateArguments) -> dict[str, Any]:
     if args.adapter is None and args.model is None:
         problems.append("--adapter: is required without --model; see --help")
     problems += args.column_problems()
+    outputs = (file_problem("--json", args.json), folder_problem("--plot", args.plot))
+    problems += [problem for problem in outputs if problem]
     if problems:
         raise ConfigError(problems)
     columns = args.read_columns()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jaxpeft.errors import printable
 from jaxpeft.evaluate.assessment import Assessment
 from jaxpeft.evaluate.general_text import Forgetting
 from jaxpeft.evaluate.result_json import changed, shown_input, tests_of_correctness, wins, worst
@@ -45,11 +46,12 @@ def report(found: Assessment, count: int) -> str:
         lines += ["", *_forgetting(found.forgetting, found)]
     lines += [*_classes(found), *_confusion(found), *_thresholds(found)]
     lines += [*_changed_rows(found, count), *_worst_rows(found, count)]
-    return "\n".join(lines)
+    return "\n".join(printable(line, keep="") for line in lines)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Return aligned lines: the first column to the left, the others to the right."""
+    header, *rows = ([printable(cell, keep="") for cell in row] for row in (header, *rows))
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     return [
         "  ".join(
@@ -180,7 +182,7 @@ def _changed_rows(found: Assessment, count: int) -> Iterator[str]:
     yield ""
     yield f"{len(rows)} of {len(found.own)} predictions differ" + (":" if rows[:count] else "")
     for i in rows[:count]:
-        yield _line(found, i)
+        yield from _line(found, i)
         yield f"    {model_name(found.other_title)}: {_prediction(other, i)}"
 
 
@@ -191,19 +193,21 @@ def _worst_rows(found: Assessment, count: int) -> Iterator[str]:
     yield ""
     yield f"worst rows, by {name}:"
     for i in worst(found, count):
-        yield _line(found, i)
+        yield from _line(found, i)
         if found.own.truth:
             yield f"    {name} {found.own.scores[name][i]:.4f}"
 
 
-def _line(found: Assessment, at: int) -> str:
+def _line(found: Assessment, at: int) -> Iterator[str]:
     own, examples = found.own, found.rows.examples
     where = examples.rows.where(int(found.rows.kept[at]))
-    line = f"  {where.rsplit('/', 1)[-1]}: {_short(shown_input(found, at))}"
+    yield f"  {where.rsplit('/', 1)[-1]}: {_short(shown_input(found, at))}"
     if not own.predictions:
         name = next(iter(own.scores))
-        return f"{line}\n    {name} {own.scores[name][at]:.4f}"
-    return f"{line}\n    truth: {_short(own.truth[at])}\n    model: {_prediction(own, at)}"
+        yield f"    {name} {own.scores[name][at]:.4f}"
+        return
+    yield f"    truth: {_short(own.truth[at])}"
+    yield f"    model: {_prediction(own, at)}"
 
 
 def _prediction(scored: Scored, at: int) -> str:

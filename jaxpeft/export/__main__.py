@@ -32,8 +32,9 @@ from pathlib import Path
 from types import FrameType
 
 from jaxpeft.choices import Dtype, ExportTarget, Task
+from jaxpeft.command.output_paths import folder_problem
 from jaxpeft.command.parser import Arguments
-from jaxpeft.command.running import run_command
+from jaxpeft.command.running import run_command, write_lines
 from jaxpeft.core.options import option
 from jaxpeft.errors import ConfigError
 
@@ -82,6 +83,8 @@ def _run(args: ExportArguments) -> int:
     needed = ("adapter", "to", "out")
     missing = [f"--{name}: is required; see --help" for name in needed if not getattr(args, name)]
     stray = ["--model: needs --verify"] if args.model is not None else []
+    occupied = folder_problem("--out", args.out, is_new=True)
+    stray += [occupied] if occupied else []
     if args.adapter is None or args.to is None or args.out is None or stray:
         raise ConfigError([*missing, *stray])
     # imports JAX, so only for valid arguments
@@ -99,7 +102,7 @@ def _run(args: ExportArguments) -> int:
         allow_base=args.allow_base,
         allow_no_op=args.allow_no_op,
     )
-    sys.stdout.write("\n".join(export(request).lines) + "\n")
+    write_lines(*export(request).lines)
     return 0
 
 
@@ -132,7 +135,7 @@ def _verify(args: ExportArguments, url: str) -> int:
         allow_base=args.allow_base,
     )
     verdict = verify(request, server)
-    sys.stdout.write("\n".join(verdict.lines) + "\n")
+    write_lines(*verdict.lines)
     return 0 if verdict.serves_adapter else 1
 
 

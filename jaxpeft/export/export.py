@@ -45,10 +45,11 @@ def export(request: ExportRequest) -> Report:
     for part in adapter.parts:
         check_base(part, read_json(part / CONFIG), outline.model, allow_base=request.allow_base)
     with _work_folder(request.out) as folder:
-        base = outline.read()
+        base = outline.read(log_head=False)
         method, params = load_adapter(
             adapter.folder, outline.model, base, allow_base=request.allow_base
         )
+        outline.log_new_head(base, params)
         job = Job(request, adapter, outline, base, method, params)
         del base, params  # a target may free them
         change = _require_change(job)

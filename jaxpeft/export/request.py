@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import jax.numpy as jnp
 
+from jaxpeft.command.output_paths import folder_problem
 from jaxpeft.core.folding import can_fold
 from jaxpeft.core.method import Method
 from jaxpeft.errors import AdapterError, ConfigError, WeightsError
@@ -85,12 +87,10 @@ def require_free(out: Path) -> None:
     """Raise an error if the output folder is not empty.
 
     Raises:
-        ConfigError: It is not empty, or is a file.
+        ConfigError: It is not empty, is a file, or cannot be written.
     """
-    if out.is_dir() and any(out.iterdir()):
-        raise ConfigError(f"--out {out}: is not empty; choose a new folder")
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out {out}: is a file; choose a new folder")
+    if problem := folder_problem("--out", str(out), is_new=True):
+        raise ConfigError(problem)
 
 
 def quant_of(request: ExportRequest, adapter: AdapterFolder, outline: Outline) -> Quant | None:
@@ -199,10 +199,29 @@ def require_same_elsewhere(request: ExportRequest, outline: Outline) -> None:
         )
         raise ConfigError(
             f"--to {request.to}: the classifier uses pooling={how!r}, but transformers uses"
-            f" {own!r} for {kind}, so its labels would differ; use --to peft, and load the folder"
-            f" with jaxpeft.load(..., pooling={how!r}) and jaxpeft.load_adapter, or train with"
+            f" {own!r} for {kind}, so its labels would differ;"
+            f" {with_jaxpeft(request.adapter, model, request.pooling)}, or train with"
             f" model.pooling={own!r}"
         )
+
+
+def with_jaxpeft(adapter: Path, model: Pretrained, pooling: str | None = None) -> str:
+    """Return how to use an adapter that no other library computes equally.
+
+    Args:
+        adapter: folder of the adapter.
+        model: the model.
+        pooling: the pooling, if the adapter does not record it.
+    """
+    if pooling is not None:
+        return "use --to peft, which records the pooling, and load the folder with jaxpeft"
+    command = shlex.join(
+        ["python", "-m", "jaxpeft.generate", "--adapter", str(adapter), "--input", "FILE"]
+    )
+    return (
+        f"use it with jaxpeft: `{command}`, or in Python"
+        f" jaxpeft.load(..., pooling={model.options.pooling!r}) and jaxpeft.load_adapter"
+    )
 
 
 def require_unmerged(adapter: AdapterFolder, outline: Outline) -> None:

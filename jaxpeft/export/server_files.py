@@ -18,13 +18,14 @@ from jaxpeft.core.targets import KINDS, find_sites
 from jaxpeft.errors import ConfigError
 from jaxpeft.export.export_job import Job, Report, Target, size_of
 from jaxpeft.export.probe import ROWS, TOLERANCE, gap_of, logits, require_equal
-from jaxpeft.export.request import ExportRequest, kinds_of
+from jaxpeft.export.request import ExportRequest, kinds_of, reads_elsewhere, with_jaxpeft
 from jaxpeft.export.updates import Update, is_low_rank, uniform, updates_of, with_updates
 from jaxpeft.hub.adapters.adapter_folder import AdapterFolder
 from jaxpeft.hub.adapters.folder_layout import CONFIG
 from jaxpeft.hub.loading import Outline
 from jaxpeft.json_files import read_json
 from jaxpeft.methods import MARKERS
+from jaxpeft.models.base import Pretrained
 from jaxpeft.quant.quantize import dequantize
 
 
@@ -92,11 +93,15 @@ def _require(
         if saved:
             problems.append(f"modules_to_save is {saved}, which are trained in full")
     if problems:
-        raise refusal(request, files, problems, all(map(can_fold, kinds)))
+        raise refusal(request, files, problems, outline.model, all(map(can_fold, kinds)))
 
 
 def refusal(
-    request: ExportRequest, files: ServerFiles, problems: Sequence[str], mergeable: bool
+    request: ExportRequest,
+    files: ServerFiles,
+    problems: Sequence[str],
+    model: Pretrained,
+    mergeable: bool,
 ) -> ConfigError:
     """Return the error of a target that cannot hold an adapter.
 
@@ -104,13 +109,15 @@ def refusal(
         request: the request.
         files: the files of the target.
         problems: the reasons.
-        mergeable: whether a merged model can hold the adapter.
+        model: the base.
+        mergeable: whether plain weights can express the adapter.
     """
-    fix = (
-        "use --to merged, and serve the merged model"
-        if mergeable
-        else "use --to peft, which holds every method, and load it with jaxpeft or peft"
-    )
+    if reads_elsewhere(model):
+        fix = with_jaxpeft(request.adapter, model, request.pooling)
+    elif mergeable:
+        fix = "use --to merged, and serve the merged model"
+    else:
+        fix = "use --to peft, which holds every method, and load it with jaxpeft or peft"
     return ConfigError(
         [f"--to {request.to}: {files.library} cannot hold it: {why}; {fix}" for why in problems]
     )
@@ -121,7 +128,7 @@ def _export(files: ServerFiles, job: Job, folder: Path) -> Report:
     found, problems = updates_of(job.method, job.params)
     problems += _limits(files, found, job)
     if problems:
-        raise refusal(job.request, files, problems, _can_merge(job))
+        raise refusal(job.request, files, problems, model, _can_merge(job))
     wanted = logits(model, job.params, job.method)
     updates = uniform(found)
     files.write(job, updates, folder)

@@ -9,7 +9,7 @@ from jaxpeft.core.method import Method
 from jaxpeft.export import merged_model
 from jaxpeft.export.export_job import Job, Report, Target, size_of
 from jaxpeft.export.probe import ROWS, TOLERANCE, gap_of, logits, require_equal
-from jaxpeft.export.request import ExportRequest, reads_elsewhere
+from jaxpeft.export.request import ExportRequest, reads_elsewhere, with_jaxpeft
 from jaxpeft.hub.adapters.adapter_folder import AdapterFolder
 from jaxpeft.hub.adapters.layouts import LAYOUTS
 from jaxpeft.hub.adapters.load import load_adapter
@@ -56,10 +56,9 @@ def _export(job: Job, folder: Path) -> Report:
 def _usage(out: Path, method: Method, model: Pretrained) -> str:
     here = f"jaxpeft.load_adapter({str(out)!r}, model, params)"
     if reads_elsewhere(model):
-        how = f"with jaxpeft.load(..., pooling={model.options.pooling!r})"
         return (
-            f"load it: {here} {how}; other libraries' classifiers use pooling"
-            f" {model.config.own_pooling!r}"
+            f"{with_jaxpeft(out, model)}; other libraries' classifiers use pooling"
+            f" {model.config.own_pooling!r}, so their labels differ"
         )
     parts = [part for part in method.parts() if part.peft.type or part.peft.layout != "peft"]
     if not parts:

@@ -104,7 +104,7 @@ def verify(request: VerifyRequest, server: Server) -> Verdict:
             f"--verify: {request.adapter} was trained for {outline.model.options.task}, but only"
             " language models have log-probabilities to compare"
         )
-    model, base = outline.model, outline.read()
+    model, base = outline.model, outline.read(log_head=False)
     method, params = load_adapter(adapter.folder, model, base, allow_base=request.allow_base)
     prompts = _prompts(
         AdaptedModel(model, base, params, adapter.settings, method, request.adapter), TEXTS

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxpeft.command.model_arguments import ModelArguments, data_flags
+from jaxpeft.command.output_paths import file_problem
 from jaxpeft.command.running import run_command
 from jaxpeft.core.options import option
-from jaxpeft.errors import ConfigError
+from jaxpeft.errors import ConfigError, printable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,27 +80,31 @@ def _run(args: GenerateArguments) -> int:
     columns = args.read_columns()
     # imports JAX, so only for valid arguments
     from jaxpeft.generate import batch, chat, predict
-    from jaxpeft.generate.session import open_session, sampling_of
+    from jaxpeft.generate.session import check_prompts, open_session, sampling_of, text_prompt
 
     sampling_of(args)
     if args.prompts is not None and args.output is not None:
         with data_flags():
             rows, prompts = batch.read_file(args, args.prompts, columns)
+        check_prompts(args, {rows.where(i): prompt for i, prompt in enumerate(prompts)})
         return batch.complete_file(open_session(args), rows, prompts, args.output)
     if args.input is not None:
         with data_flags():
             predict.predict_file(args, args.input, args.output, columns)
     elif args.chat:
+        check_prompts(args, {"the prompt": chat.opening(args.system)})
         chat.talk(open_session(args))
     else:
+        check_prompts(args, {"--prompt": text_prompt(args.prompt or "")})
         session = open_session(args)
-        session.answer(session.text_prompt(args.prompt or ""), _write)
+        session.answer(text_prompt(args.prompt or ""), _write)
         sys.stdout.write("\n")
     return 0
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    """Write generated text; to a terminal, without control characters that would act on it."""
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 
@@ -122,10 +127,8 @@ def _problems(args: GenerateArguments) -> list[str]:
         found.append("--output: is required with --prompts; set the JSONL file to write")
     if args.prompts is None and args.input is None and args.output is not None:
         found.append("--output: has no effect without --prompts or --input; remove it")
-    if args.output is not None and any(up.is_file() for up in Path(args.output).parents):
-        found.append(f"--output {args.output}: is inside a file; choose another folder")
-    elif args.output is not None and Path(args.output).exists():
-        found.append(f"--output {args.output}: exists already; choose another file, or remove it")
+    if problem := file_problem("--output", args.output, is_new=True):
+        found.append(problem)
     needs = {"--samples": None if args.samples == 1 else args.samples}
     needs |= {"--log-probs": args.log_probs or None}
     if args.prompts is None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jaxpeft.data.chat.dialogs import Dialog
-from jaxpeft.errors import DataError
+from jaxpeft.errors import DataError, printable
 from jaxpeft.generate.session import Session
 
 Message = Mapping[str, Any]
@@ -55,6 +55,11 @@ class Conversation:
         return dataclasses.replace(self, turns=(*self.turns, {"role": role, "content": text}))
 
 
+def opening(system: str | None) -> Dialog:
+    """Return a first question, with which a chat template is tried."""
+    return Dialog(Conversation(system=system).add("user", "?").messages)
+
+
 def talk(
     session: Session, read: Callable[[str], str] = input, console: Console | None = None
 ) -> None:
@@ -73,7 +78,7 @@ def talk(
     out = console or Console(file=sys.stdout, highlight=False)
     talked = Conversation(system=session.args.system)
     # an unusable template is an error before the first question
-    session.encode(Dialog(talked.add("user", "?").messages))
+    session.encode(opening(session.args.system))
     shown = read is not input or sys.stdin.isatty()
     out.print("/help lists the commands, /quit ends", style="dim")
     while True:
@@ -84,7 +89,7 @@ def talk(
             out.print()
             return
         if not shown:
-            out.print(Text(f"> {line}"))
+            out.print(_shown(f"> {line}"))
         if line in ("/quit", "/exit"):
             return
         try:
@@ -92,7 +97,7 @@ def talk(
         except KeyboardInterrupt:
             out.print("(stopped)", style="dim")
         except DataError as error:
-            out.print(Text(str(error), style="red"))
+            out.print(_shown(str(error), "red"))
 
 
 def _respond(session: Session, talked: Conversation, line: str, out: Console) -> Conversation:
@@ -114,11 +119,11 @@ def _respond(session: Session, talked: Conversation, line: str, out: Console) ->
         return _base(session, talked, rest, out)
     if command == "/history":
         for message in talked.messages:
-            out.print(Text(f"{message['role']}: {message['content']}"))
+            out.print(_shown(f"{message['role']}: {message['content']}"))
     elif command == "/help":
         out.print(HELP, end="")
     else:
-        out.print(f"{command}: no such command; /help lists them", style="red", markup=False)
+        out.print(_shown(f"{command}: no such command; /help lists them", "red"))
     return talked
 
 
@@ -129,7 +134,7 @@ def _answer(session: Session, asked: Conversation, out: Console) -> Conversation
         base, tuned = session.answer(prompt, params=session.loaded.base), session.answer(prompt)
         _show_both(base.text, tuned.text, out)
     else:
-        tuned = session.answer(prompt, lambda text: out.print(Text(text), end=""))
+        tuned = session.answer(prompt, lambda text: out.print(_shown(text), end=""))
         out.print()
     if tuned.cut:
         out.print(f"(cut at {session.args.max_new_tokens} tokens: --max-new-tokens)", style="dim")
@@ -160,5 +165,10 @@ def _show_both(base: str, tuned: str, out: Console) -> None:
     table = Table(expand=True, box=None, padding=(0, 2, 0, 0))
     table.add_column("base", ratio=1)
     table.add_column("tuned", ratio=1)
-    table.add_row(Text(base), Text(tuned))
+    table.add_row(_shown(base), _shown(tuned))
     out.print(table)
+
+
+def _shown(text: str, style: str = "") -> Text:
+    """Return text as it is shown: without control characters that would act on the terminal."""
+    return Text(printable(text), style)

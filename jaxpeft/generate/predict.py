@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxpeft import atomic
+from jaxpeft.command.running import write_lines
 from jaxpeft.config.model_config import ModelConfig
 from jaxpeft.config.schema import Config
 from jaxpeft.data.chat.supervise import IGNORED
@@ -23,7 +23,7 @@ from jaxpeft.errors import ConfigError
 from jaxpeft.evaluate.prepared_rows import data_options, labeling_of, problem_of
 from jaxpeft.evaluate.row_outputs import Runner
 from jaxpeft.generate.output_rows import json_line
-from jaxpeft.generate.session import load_requested
+from jaxpeft.generate.session import find_task, load_requested
 from jaxpeft.inference.adapted_model import AdaptedModel
 
 if TYPE_CHECKING:
@@ -54,6 +54,11 @@ def predict_file(
         ConfigError: The model is not a classifier.
         DataError: A row cannot be used.
     """
+    task: Any = find_task(args)
+    if task not in _KINDS:
+        raise ConfigError(
+            f"--input: needs a classifier, but the task is {task}; generate text with --prompts"
+        )
     loaded = load_requested(args)
     examples, encoded = _read(loaded, source, columns)
     runner = Runner(loaded, args.batch_size, loaded.tokenizer.pad_token_id or 0)
@@ -65,7 +70,7 @@ def predict_file(
     ]
     text = "".join(lines)
     if output is None:
-        sys.stdout.write(text)
+        write_lines(text.removesuffix("\n"))
         return
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     atomic.write_text(Path(output), text)
@@ -88,10 +93,6 @@ def _read(
 ) -> tuple[Examples, Encoded]:
     """Read and tokenize rows as the run that trained the adapter did."""
     task: Any = loaded.model.options.task
-    if task not in _KINDS:
-        raise ConfigError(
-            f"--input: needs a classifier, but the task is {task}; generate text with --prompts"
-        )
     options = data_options(loaded.settings, source, {"columns": dict(columns)} if columns else {})
     config = Config(
         model=ModelConfig(path=str(loaded.model.source.folder), task=task), data=options

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jaxpeft.command.parser import flag
 from jaxpeft.core.paths import Tree
 from jaxpeft.data.chat import dialogs
 from jaxpeft.errors import ConfigError
-from jaxpeft.inference.adapted_model import AdaptedModel, load_adapted
+from jaxpeft.hub.adapters.adapter_folder import read_adapter, request_of
+from jaxpeft.hub.adapters.settings import Settings
+from jaxpeft.inference.adapted_model import AdaptedModel, load_adapted, read_tokenizer, task_of
 from jaxpeft.inference.generation import Completion, complete, ends_of
 from jaxpeft.inference.prompts import Prompt, PromptEncoder, decode_completion
 from jaxpeft.inference.sampling import Sampling
@@ -43,13 +46,7 @@ class Session:
     @cached_property
     def encoder(self) -> PromptEncoder:
         """The encoder of prompts."""
-        settings = self.loaded.settings
-        return PromptEncoder(
-            self.loaded.tokenizer,
-            separator=settings.separator or "",
-            add_bos=bool((settings.data or {}).get("add_bos", True)),
-            chat_template=self.args.chat_template,
-        )
+        return _encoder(self.args, self.loaded.tokenizer, self.loaded.settings)
 
     @cached_property
     def sampling(self) -> Sampling:
@@ -69,14 +66,7 @@ class Session:
             prompt: the prompt.
             where: its place, for messages.
         """
-        try:
-            return self.encoder(prompt, where)
-        except ConfigError as error:  # of the chat template
-            raise ConfigError([_in_flags(problem) for problem in error.problems]) from None
-
-    def text_prompt(self, text: str) -> Prompt:
-        """Return a prompt that continues a text."""
-        return dialogs.Completion(text, "")
+        return _encode(self.encoder, prompt, where)
 
     def complete(
         self,
@@ -161,6 +151,43 @@ class Session:
         return text
 
 
+def text_prompt(text: str) -> Prompt:
+    """Return a prompt that continues a text."""
+    return dialogs.Completion(text, "")
+
+
+def check_prompts(args: GenerateArguments, prompts: Mapping[str, Prompt]) -> None:
+    """Encode prompts before the model is loaded, so that what is wrong with them is told at once.
+
+    Args:
+        args: arguments of the command.
+        prompts: prompts by their place.
+
+    Raises:
+        ConfigError: A chat has no template.
+        DataError: The template cannot render a prompt, or a prompt has no tokens.
+    """
+    encoder = _encoder(args, *read_tokenizer(args.model, args.adapter))
+    for where, prompt in prompts.items():
+        _encode(encoder, prompt, where)
+
+
+def _encoder(args: GenerateArguments, tokenizer: Any, settings: Settings) -> PromptEncoder:
+    return PromptEncoder(
+        tokenizer,
+        separator=settings.separator or "",
+        add_bos=bool((settings.data or {}).get("add_bos", True)),
+        chat_template=args.chat_template,
+    )
+
+
+def _encode(encoder: PromptEncoder, prompt: Prompt, where: str) -> list[int]:
+    try:
+        return encoder(prompt, where)
+    except ConfigError as error:  # of the chat template
+        raise ConfigError([_in_flags(problem) for problem in error.problems]) from None
+
+
 def sampling_of(args: GenerateArguments) -> Sampling:
     """Return how tokens are chosen.
 
@@ -187,14 +214,20 @@ def open_session(args: GenerateArguments) -> Session:
     Raises:
         ConfigError: An option is out of range, or the model is not a language model.
     """
-    session = Session(load_requested(args), args)
-    task = session.loaded.model.options.task
+    task = find_task(args)
     if task != "causal_lm":
         raise ConfigError(
             f"--adapter: {args.adapter} was trained for {task}, which generates no text; give its"
             " rows with --input to predict their labels"
         )
-    return session
+    return Session(load_requested(args), args)
+
+
+def find_task(args: GenerateArguments) -> str:
+    """Return the task of the model of a command line, before it is loaded."""
+    if args.adapter is None:
+        return args.task or task_of(str(args.model))
+    return request_of(read_adapter(Path(args.adapter)), task=args.task).task
 
 
 def load_requested(args: GenerateArguments) -> AdaptedModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
@@ -150,9 +150,21 @@ class Outline:
     meter: Meter = field(default_factory=Meter, compare=False)
 
     def read(
-        self, seed: int = 0, sharding: shards.Places | None = None, *, cache: bool = True
+        self,
+        seed: int = 0,
+        sharding: shards.Places | None = None,
+        *,
+        cache: bool = True,
+        log_head: bool = True,
     ) -> Tree:
-        """Read the parameters, slice by slice. See `load` for the arguments.
+        """Read the parameters, slice by slice.
+
+        Args:
+            seed: see `load`.
+            sharding: see `load`.
+            cache: see `load`.
+            log_head: whether to log that a head is new; if not, an adapter may still replace it,
+                and `log_new_head` follows.
 
         Raises:
             ConfigError: A sharding does not fit its leaf.
@@ -170,18 +182,37 @@ class Outline:
         if place and not cached:
             place.write(params)
         _report(self, params, time.perf_counter() - started)
+        if log_head:
+            _log_head(self.plan.new, self.plan.replaced)
         return params
 
-    def read_sharded(self, found: Layout, seed: int = 0, *, cache: bool = True) -> Tree:
+    def read_sharded(
+        self, found: Layout, seed: int = 0, *, cache: bool = True, log_head: bool = True
+    ) -> Tree:
         """Read the parameters into their shards.
 
         Args:
             found: layout of the stored leaves.
             seed: seed of a new head.
             cache: see `load`.
+            log_head: see `read`.
         """
         log_dropped(found)
-        return self.read(seed, by_path(found.shardings), cache=cache)
+        return self.read(seed, by_path(found.shardings), cache=cache, log_head=log_head)
+
+    def log_new_head(self, base: Tree, adapted: Tree) -> None:
+        """Log the new leaves of the head that an adapter has not replaced.
+
+        Args:
+            base: the parameters as read.
+            adapted: those with the adapter.
+        """
+        new = [
+            path
+            for path in self.plan.new
+            if jnp.array_equal(paths.get(base, path), paths.get(adapted, path))
+        ]
+        _log_head(new, self.plan.replaced if new else ())
 
     @property
     def leaves(self) -> Tree:
@@ -322,7 +353,7 @@ def _new_leaves(
 def _report(loaded: Outline, params: Tree, seconds: float) -> None:
     size = sum(leaf.nbytes for _, leaf in paths.walk(params))
     dtypes = "/".join(sorted({str(leaf.dtype) for _, leaf in paths.walk(params)}))
-    source, plan = loaded.model.source, loaded.plan
+    source = loaded.model.source
     name = (
         ""
         if source is None
@@ -348,13 +379,14 @@ def _report(loaded: Outline, params: Tree, seconds: float) -> None:
             loaded.meter.bytes / 1e6,
             held / 1e6,
         )
-    if plan.new:
-        _log.info(
-            "newly initialized head: %s",
-            ", ".join(sorted({paths.text(path[:-1]) for path in plan.new})),
-        )
-    if plan.replaced:
+
+
+def _log_head(new: Iterable[Path], replaced: Sequence[str]) -> None:
+    """Log the new leaves of a head, and the tensors of the checkpoint's that did not fit."""
+    if modules := sorted({paths.text(path[:-1]) for path in new}):
+        _log.info("newly initialized head: %s", ", ".join(modules))
+    if replaced:
         _log.warning(
             "the checkpoint's head has a different number of labels and was newly initialized: %s",
-            ", ".join(plan.replaced),
+            ", ".join(replaced),
         )

@@ -64,12 +64,7 @@ class AdaptedModel:
         Raises:
             DataError: There is no tokenizer, or it cannot be loaded.
         """
-        saved = self.adapter is not None and all(
-            (self.adapter / name).is_file() for name in _TOKENIZER_FILES
-        )
-        if self.adapter is not None and saved:
-            return load_tokenizer(Source(str(self.adapter), self.adapter))
-        return load_tokenizer(self.model.source)
+        return load_tokenizer(_own_tokenizer(self.adapter) or self.model.source)
 
 
 def load_adapted(
@@ -127,11 +122,39 @@ def load_adapted(
             options["quant"] = read_quant(folder.settings.quant, str(folder.folder))
         request = request_of(folder, task=task, pooling=pooling, vocab_size=vocab_size, **options)
     outlined = _outline(name, request, revision, folder, base)
-    mesh, model, params = _read(outlined, sharding)
+    mesh, model, params = _read(outlined, sharding, log_head=folder is None)
     if folder is None:
         return AdaptedModel(model, params, params, Settings(), mesh=mesh)
     method, adapted = load_adapter(folder.folder, model, params, allow_base=allow_base)
+    outlined.log_new_head(params, adapted)
     return AdaptedModel(model, params, adapted, folder.settings, method, folder.folder, mesh)
+
+
+def read_tokenizer(base: str | None, adapter: str | Path | None) -> tuple[Any, Settings]:
+    """Return the tokenizer of a model, and the settings of the adapter's run, without loading the
+    model.
+
+    Args:
+        base: see `load_adapted`.
+        adapter: see `load_adapted`.
+
+    Raises:
+        ConfigError: No base is given or recorded.
+        AdapterError: The adapter is invalid.
+        DataError: There is no tokenizer, or it cannot be loaded.
+    """
+    if adapter is None:
+        return load_tokenizer(sources.resolve(str(base), None)), Settings()
+    folder = read_adapter(Path(adapter))
+    source = _own_tokenizer(folder.folder) or sources.resolve(*base_of(folder, base))
+    return load_tokenizer(source), folder.settings
+
+
+def _own_tokenizer(adapter: Path | None) -> Source | None:
+    """Return the folder of an adapter as the source of a tokenizer, if it contains one."""
+    if adapter is None or not all((adapter / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    return Source(str(adapter), adapter)
 
 
 def task_of(base: str, revision: str | None = None) -> Task:
@@ -169,17 +192,17 @@ def _outline(
 
 
 def _read(
-    outlined: loading.Outline, sharding: MeshConfig | None
+    outlined: loading.Outline, sharding: MeshConfig | None, *, log_head: bool
 ) -> tuple[Mesh | None, Pretrained, Tree]:
     """Read the parameters, sharded over a mesh if requested."""
     if sharding is None:
-        return None, outlined.model, outlined.read()
+        return None, outlined.model, outlined.read(log_head=log_head)
     mesh = create_device_mesh(sharding, heads=heads_of(outlined.config))
     rules = sharding_rules(sharding)
     fetching.require_host_memory(rules, mesh)
     found = layout(mesh, rules, outlined.leaves)
     model = fetching.fetch_kernels(outlined.model, found)
-    return mesh, model, outlined.read_sharded(found, 0)
+    return mesh, model, outlined.read_sharded(found, 0, log_head=log_head)
 
 
 def with_params(loaded: AdaptedModel, params: Mapping[str, Any]) -> AdaptedModel:

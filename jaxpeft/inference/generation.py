@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -88,9 +89,11 @@ def generate(
         The new tokens of each prompt, with the one that ended the text.
 
     Raises:
-        ConfigError: An option is out of range, or the model is not a language model.
+        ConfigError: An option is out of range, the model is not a language model, or the call is
+            traced, as inside of `jax.jit`.
         DataError: A prompt is empty, or has a token outside the vocabulary.
     """
+    _require_untraced((params, prompts, temperature, top_p, min_p, seed, adapter))
     completions = complete(
         model,
         params,
@@ -173,6 +176,21 @@ def complete(
         batch = run.batch([checked[i] for i in rows], rows, seed, first, adapters)
         found.update(zip(rows, batch, strict=True))
     return [found[i] for i in range(len(checked))]
+
+
+def _require_untraced(arguments: Any) -> None:
+    """Raise an error inside of `jax.jit`, `jax.vmap` and the like.
+
+    Raises:
+        ConfigError: An argument is traced, or a new array would be.
+    """
+    leaves = [*jax.tree.leaves(arguments), jnp.zeros(())]
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        raise ConfigError(
+            "generate: cannot be traced by jax.jit, jax.vmap or another transformation, since the"
+            " host decides when a text ends; call it outside of them: it compiles its own programs,"
+            " and takes many prompts at once"
+        )
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxpeft.command.output_paths import file_problem
 from jaxpeft.command.parser import ConfigArguments, Overrides
-from jaxpeft.command.running import load_config, run_command
+from jaxpeft.command.running import load_config, run_command, write_lines
 from jaxpeft.config import Config
 from jaxpeft.core.options import option
 from jaxpeft.errors import ConfigError, nearest
@@ -98,23 +99,9 @@ def job_of(arguments: PlanArguments, overrides: Overrides = ()) -> PlanJob:
 
 def _unwritable(flag: str, path: str | None) -> str | None:
     """Return the problem with an output file, or None; checked early, as a plan takes minutes."""
-    if path is None:
-        return None
-    file = Path(path).absolute()
-    if not file.parent.is_dir():
-        return f"--{flag}: {path}: its folder does not exist; create it, or give another path"
-    if file.is_dir():
-        return f"--{flag}: {path}: is a folder; give a file in it"
-    if flag == "plot" and file.suffix != ".png":
+    if flag == "plot" and path is not None and Path(path).suffix != ".png":
         return f"--plot: {path}: must end in .png"
-    new = not file.exists()
-    try:
-        file.open("ab").close()
-    except OSError as error:
-        return f"--{flag}: {path}: cannot be written ({error.strerror}); give another path"
-    if new:
-        file.unlink()
-    return None
+    return file_problem(f"--{flag}", path)
 
 
 def _strategies(
@@ -169,7 +156,7 @@ def _run(job: PlanJob) -> int:
         arguments.tries,
     )
     plan = plan_strategies(request)
-    sys.stdout.write(report.as_table(plan))
+    write_lines(report.as_table(plan).removesuffix("\n"))
     write(plan, arguments.json, arguments.plot)
     return 0 if plan.best is not None else NONE_FITS
 

@@ -28,7 +28,7 @@ from jax._src import (
 )
 
 from jaxpeft import logs
-from jaxpeft.errors import ConfigError, PeersError
+from jaxpeft.errors import ConfigError, PeersError, printable
 from jaxpeft.processes import clusters, signals
 from jaxpeft.processes.clusters import Place, Waits
 from jaxpeft.processes.exit_codes import run_guarded
@@ -235,7 +235,7 @@ class _Watcher:
             known = self._failure() if "ALREADY_EXISTS" in str(error) else None
             shown = self.peers.first or known is None or known["text"] != text
         if shown:
-            sys.stderr.write(f"{self._name(self.peers.process)}jaxpeft: {text}\n")
+            sys.stderr.write(f"{self._name(self.peers.process)}jaxpeft: {printable(text)}\n")
 
     def leave(self, code: int) -> None:
         """End this process now; process 0 last, since it hosts the coordination service."""

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from jaxpeft.errors import JaxpeftError
+from jaxpeft.errors import JaxpeftError, printable
 
 _LONGEST = 400
 
@@ -15,7 +15,7 @@ _LONGEST = 400
 def write_error(text: str, code: int) -> None:
     """Write an error to standard error."""
     del code
-    sys.stderr.write(f"jaxpeft: {text}\n")
+    sys.stderr.write(f"jaxpeft: {printable(text)}\n")
 
 
 def run_guarded(

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxpeft import atomic
+from jaxpeft.command.output_paths import file_problem
 from jaxpeft.command.parser import Arguments
-from jaxpeft.command.running import run_command
+from jaxpeft.command.running import run_command, write_lines
 from jaxpeft.core.options import option
 from jaxpeft.errors import ConfigError
 
@@ -47,17 +48,15 @@ def _run(args: ReportArguments) -> int:
     from jaxpeft.report.evaluation_section import section_of
 
     out = Path(args.out or Path(args.run) / "report.html")
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out {out}: {out.parent} is not a folder; create it")
-    if out.is_dir():
-        raise ConfigError(f"--out {out}: is a folder; give the name of a file")
+    if problem := file_problem("--out", str(out)):
+        raise ConfigError(problem)
     run = run_folder.read(Path(args.run))
     sections = [section_of(run, evaluation_file.read(Path(file))) for file in args.evaluation]
     for one in sections:
         if one.other_run:
             _log.warning("--evaluation %s: %s", one.found.file, one.other_run)
     atomic.write_text(out, run_page.html(run, sections))
-    sys.stdout.write(f"wrote {out}\n")
+    write_lines(f"wrote {out}")
     return 0
 
 

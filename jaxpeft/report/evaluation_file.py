@@ -28,6 +28,12 @@ class Estimate:
     low: float | None = None
     high: float | None = None
 
+    def problems(self) -> list[str]:
+        """Return the problems across the fields."""
+        if (self.low is None) != (self.high is None):
+            return [f"high: must be a number if low is one, is {show(self.high)}"]
+        return []
+
 
 @dataclass(frozen=True)
 class _Bootstrap:
@@ -35,6 +41,26 @@ class _Bootstrap:
 
     level: float
     resamples: int
+
+    def problems(self) -> list[str]:
+        """Return the problems of the values."""
+        found = [] if 0 < self.level < 1 else [f"level: must be in (0, 1), is {show(self.level)}"]
+        if self.resamples < 1:
+            found.append(f"resamples: must be at least 1, is {show(self.resamples)}")
+        return found
+
+
+@dataclass(frozen=True)
+class _Metric(Estimate):
+    """A metric; with a comparison also of the other model, and their difference."""
+
+    against: Estimate | None = None
+    difference: Estimate | None = None
+    p: float | None = None
+
+    def problems(self) -> list[str]:
+        """Return the problems of the values."""
+        return super().problems() + ([] if self.p is None else _share_problems("p", self.p))
 
 
 @dataclass(frozen=True)
@@ -65,6 +91,10 @@ class Wins:
     ties: int
     p: float
 
+    def problems(self) -> list[str]:
+        """Return the problems of the values."""
+        return _share_problems("p", self.p)
+
 
 @dataclass(frozen=True)
 class ChangedRow:
@@ -83,6 +113,24 @@ class Confusion:
     labels: tuple[str, ...]
     counts: tuple[tuple[int, ...], ...]
 
+    def problems(self) -> list[str]:
+        """Return the problems across the fields."""
+        if {len(self.labels)} == {len(self.counts), *map(len, self.counts)}:
+            return []
+        return ["counts: must have a row and a column for each label"]
+
+
+@dataclass(frozen=True)
+class _Bins(Calibration):
+    """The reliability of a file."""
+
+    def problems(self) -> list[str]:
+        """Return the problems across the fields."""
+        columns = (self.counts, self.confidence, self.accuracy)
+        if {len(one) for one in columns} == {len(self.edges) - 1}:
+            return []
+        return ["counts: must be one less than the edges, as confidence and accuracy must"]
+
 
 @dataclass(frozen=True)
 class ByClass:
@@ -90,7 +138,7 @@ class ByClass:
 
     classes: tuple[ClassScore, ...] = ()
     confusion: Confusion | None = None
-    calibration: Calibration | None = None
+    calibration: _Bins | None = None
 
 
 @dataclass(frozen=True)
@@ -103,10 +151,17 @@ class Adapter:
 
 @dataclass(frozen=True)
 class RowsOf:
-    """What was evaluated: a file, and the number of its rows."""
+    """What was evaluated: a file, and the number of its rows.
+
+    Attributes:
+        path: the file.
+        rows: number of rows.
+        problem: as in `Evaluation`; empty if the file does not say it.
+    """
 
     path: str
-    rows: str
+    rows: int
+    problem: str = ""
 
     @property
     def text(self) -> str:
@@ -129,6 +184,39 @@ class Forgotten:
     measures: Sequence[Measure]
     kl: Estimate | None
     changed_answers: Estimate | None
+
+
+@dataclass(frozen=True)
+class _Paired:
+    """Results of pairs of rows."""
+
+    wins: dict[str, Wins]
+
+
+@dataclass(frozen=True)
+class _Forgetting:
+    """The change on general text, as in the file."""
+
+    path: str
+    rows: int
+    metrics: dict[str, _Metric]
+    kl: Estimate | None = None
+    changed_answers: Estimate | None = None
+
+
+@dataclass(frozen=True)
+class _File:
+    """The fields of the file, of which `Evaluation` is made; the rows are read separately."""
+
+    data: RowsOf
+    bootstrap: _Bootstrap
+    metrics: dict[str, _Metric]
+    model: str = ""
+    adapter: Adapter | None = None
+    against: str | None = None
+    notes: tuple[str, ...] = ()
+    paired: _Paired | None = None
+    forgetting: _Forgetting | None = None
 
 
 @dataclass(frozen=True)
@@ -187,81 +275,39 @@ def read(file: Path) -> Evaluation:
             f"--evaluation {file}: version must be {VERSION}, is {show(values.get('version'))};"
             " write the file again with `python -m jaxpeft.evaluate --json`"
         )
-    data = _section(values, "data", file)
-    bootstrap = instance_of(_Bootstrap, _section(values, "bootstrap", file), file)
-    notes = values.get("notes")
-    paired = _section(values, "paired", file) if values.get("paired") else {}
-    wins = _section(paired, "wins", file) if paired else {}
+    found, forgotten = instance_of(_File, values, file), None
+    if found.forgetting:
+        of = found.forgetting
+        title, measures = RowsOf(of.path, of.rows), _measures(of.metrics)
+        forgotten = Forgotten(title, measures, of.kl, of.changed_answers)
     return Evaluation(
         file=file,
-        title=_rows_of(data),
-        model=str(values.get("model") or ""),
-        adapter=(
-            instance_of(Adapter, _section(values, "adapter", file), file)
-            if values.get("adapter")
-            else None
-        ),
-        problem=str(data.get("problem") or ""),
-        against=str(values.get("against") or ""),
-        notes=list(map(str, cast("list[Any]", notes))) if isinstance(notes, list) else [],
-        level=bootstrap.level,
-        resamples=bootstrap.resamples,
-        measures=_measures(values, file),
-        wins={name: instance_of(Wins, _section(wins, name, file), file) for name in wins},
+        title=found.data,
+        model=found.model,
+        adapter=found.adapter,
+        problem=found.data.problem,
+        against=found.against or "",
+        notes=found.notes,
+        level=found.bootstrap.level,
+        resamples=found.bootstrap.resamples,
+        measures=_measures(found.metrics),
+        wins=found.paired.wins if found.paired else {},
         changed=_changed(values, file),
-        by_class=_by_class(values, file),
-        forgotten=(
-            _forgotten(_section(values, "forgetting", file), file)
-            if values.get("forgetting")
-            else None
-        ),
+        by_class=instance_of(ByClass, values, file),
+        forgotten=forgotten,
     )
 
 
-def _rows_of(data: Mapping[str, Any]) -> RowsOf:
-    return RowsOf(str(data.get("path")), f"{data.get('rows')}")
+def _share_problems(name: str, value: float) -> list[str]:
+    """Return the problem of a field that must be a share or a probability, if there is one."""
+    return [] if 0 <= value <= 1 else [f"{name}: must be from 0 to 1, is {show(value)}"]
 
 
-def _by_class(values: Mapping[str, Any], file: Path) -> ByClass:
-    found = instance_of(ByClass, values, file)
-    matrix, bins = found.confusion, found.calibration
-    if matrix and {len(matrix.labels)} != {len(matrix.counts), *map(len, matrix.counts)}:
-        raise DataError(f"{file}: confusion: counts must have a row and a column for each label")
-    if bins:
-        sizes = {len(one) for one in (bins.counts, bins.confidence, bins.accuracy)}
-        if sizes != {len(bins.edges) - 1}:
-            raise DataError(f"{file}: calibration: counts must be one less than the edges")
-    return found
-
-
-def _forgotten(values: Mapping[str, Any], file: Path) -> Forgotten:
-    kl, changed = (
-        instance_of(Estimate, _section(values, name, file), file) if values.get(name) else None
-        for name in ("kl", "changed_answers")
-    )
-    return Forgotten(_rows_of(values), _measures(values, file), kl, changed)
-
-
-def _section(values: Mapping[str, Any], name: str, file: Path) -> dict[str, Any]:
-    found = values.get(name)
-    if not isinstance(found, dict):
-        raise DataError(f"{file}: {name}: must be an object, is {show(found)}")
-    return cast("dict[str, Any]", found)
-
-
-def _measures(values: Mapping[str, Any], file: Path) -> list[Measure]:
-    metrics = _section(values, "metrics", file)
-    found: list[Measure] = []
-    for name in metrics:
-        one = _section(metrics, name, file)
-        other, difference = (
-            instance_of(Estimate, _section(one, part, file), file) if part in one else None
-            for part in ("against", "difference")
-        )
-        found.append(
-            Measure(name, instance_of(Estimate, one, file), other, difference, one.get("p"))
-        )
-    return found
+def _measures(metrics: Mapping[str, _Metric]) -> list[Measure]:
+    return [
+        Measure(name, Estimate(one.value, one.low, one.high), one.against, one.difference, one.p)
+        for name, one in metrics.items()
+    ]
 
 
 def _changed(values: Mapping[str, Any], file: Path) -> list[ChangedRow]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,10 +15,10 @@ from jaxpeft.evaluation.wording import (
 )
 from jaxpeft.report import class_charts
 from jaxpeft.report.class_charts import Matrix, Reliability
-from jaxpeft.report.evaluation_file import Evaluation, Measure
+from jaxpeft.report.evaluation_file import Estimate, Evaluation, Measure
 from jaxpeft.report.run_folder import RunFolder
 from jaxpeft.report.same_run import find_other
-from jaxpeft.report.svg_charts import Axis, interval_axis
+from jaxpeft.report.svg_charts import Axis, interval_axis, is_drawable
 
 _MOST_CLASSES = 10
 """Classes up to which their table is open."""
@@ -45,9 +44,16 @@ class DrawnMeasure:
 
     @property
     def marks(self) -> list[tuple[int, float, float | None, float | None]]:
-        """The color, value and interval of each model, that of the run first."""
+        """The color, value and interval of each model, that of the run first; without what cannot
+        be drawn.
+        """
         both = [(0, self.measure.own), (1, self.measure.other)]
-        return [(color, one.value, one.low, one.high) for color, one in both if one is not None]
+        return [
+            (color, one.value, low, high)
+            for color, one in both
+            if one is not None and is_drawable(one.value)
+            for low, high in [_ends(one) or (None, None)]
+        ]
 
 
 @dataclass(frozen=True)
@@ -108,14 +114,16 @@ def section_of(run: RunFolder, found: Evaluation) -> EvaluationSection:
     )
 
 
+def _ends(one: Estimate) -> tuple[float, float] | None:
+    """Return the interval of an estimate; None without one, or if it cannot be drawn."""
+    if one.low is None or one.high is None or not is_drawable(max(abs(one.low), abs(one.high))):
+        return None
+    return one.low, one.high
+
+
 def _draw(measure: Measure, smallest: float) -> DrawnMeasure:
-    ends = [
-        end
-        for one in (measure.own, measure.other)
-        if one is not None
-        for end in (one.value, one.low, one.high)
-        if end is not None and math.isfinite(end)
-    ]
+    both = [one for one in (measure.own, measure.other) if one is not None]
+    ends = [end for one in both for end in (one.value, *(_ends(one) or ())) if is_drawable(end)]
     difference = measure.difference
     return DrawnMeasure(
         measure,

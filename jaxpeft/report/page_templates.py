@@ -42,7 +42,8 @@ def render(template: str, **values: Any) -> str:
 
 
 def number(value: float | None, signed: bool = False) -> str:
-    """Format a metric with four decimals, or fewer if it is large; a dash for None.
+    """Format a metric with four decimals, fewer if it is large, or as a power of ten if it is very
+    large; a dash for None.
 
     Args:
         value: the metric.
@@ -53,7 +54,8 @@ def number(value: float | None, signed: bool = False) -> str:
     if not math.isfinite(value):
         return "not finite"
     sign = "+" if signed else ""
-    return f"{value:{sign}.4f}" if abs(value) < 1000 else f"{value:{sign},.1f}"
+    size = abs(value)
+    return f"{value:{sign}{'.4f' if size < 1e3 else ',.1f' if size < 1e12 else '.4g'}}"
 
 
 def percent(share: float) -> str:

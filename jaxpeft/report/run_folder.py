@@ -9,11 +9,20 @@ from typing import Any
 
 from jaxpeft.config.files import parse_config
 from jaxpeft.config.schema import Config
-from jaxpeft.errors import ConfigError
+from jaxpeft.errors import ConfigError, shorten, show
 from jaxpeft.json_files import read_json
 from jaxpeft.report.typed_json import instance_of
 from jaxpeft.train import records, sample_answers
 from jaxpeft.train.sample_answers import Sample
+
+
+@dataclass(frozen=True)
+class Counts:
+    """The rows, tokens and truncated rows of a split."""
+
+    rows: int
+    tokens: int | None = None
+    truncated: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +49,7 @@ class Start:
     trainable_parameters: int = 0
     total_parameters: int = 0
     base_sha256: str = ""
-    rows: dict[str, dict[str, int]] = field(default_factory=dict[str, dict[str, int]])
+    rows: dict[str, Counts] = field(default_factory=dict[str, Counts])
     data: dict[str, dict[str, str] | str] = field(default_factory=dict[str, dict[str, str] | str])
     environment: dict[str, str | int] = field(default_factory=dict[str, str | int])
 
@@ -49,6 +58,15 @@ class Start:
         """SHA-256 of the rows, by split."""
         found = self.data.get("sources")
         return found if isinstance(found, dict) else {}
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """A measure on rows of another task, of the base and of the tuned model."""
+
+    measure: str
+    before: float
+    after: float
 
 
 @dataclass(frozen=True)
@@ -66,7 +84,7 @@ class Result:
         total_parameters: number of parameters, including the adapter.
         before: metrics before training; None if they were not measured.
         validation: validation metrics of the best step.
-        forgetting: a measure on other rows, `before` and `after`; None if it was not measured.
+        forgetting: a measure on other rows; None if it was not measured.
         prediction: Python code that uses the adapter.
     """
 
@@ -80,8 +98,17 @@ class Result:
     total_parameters: int
     before: dict[str, float] | None = None
     validation: dict[str, float] = field(default_factory=dict[str, float])
-    forgetting: dict[str, float | str] | None = None
+    forgetting: Forgetting | None = None
     prediction: str = ""
+
+    def problems(self) -> list[str]:
+        """Return the problems across the fields."""
+        if self.metric in self.after:
+            return []
+        known = shorten(", ".join(self.after) or "none")
+        return [
+            f"metric: must be one of the {self.split} metrics ({known}), is {show(self.metric)}"
+        ]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from jaxpeft.report.base_title import base_title
 from jaxpeft.report.evaluation_section import EvaluationSection
 from jaxpeft.report.incidents import find_incidents
 from jaxpeft.report.page_templates import render
-from jaxpeft.report.run_folder import RunFolder, Start
+from jaxpeft.report.run_folder import Counts, RunFolder, Start
 from jaxpeft.report.svg_charts import Chart, draw, points_of
 from jaxpeft.train import records
 
@@ -195,7 +195,7 @@ class Split:
 
     name: str
     source: str
-    counts: Mapping[str, int]
+    counts: Counts | None
 
 
 def _splits(run: RunFolder) -> list[Split]:
@@ -207,7 +207,7 @@ def _splits(run: RunFolder) -> list[Split]:
     }
     if not data.test and "test" not in start.rows:
         del sources["test"]
-    return [Split(name, text, start.rows.get(name, {})) for name, text in sources.items()]
+    return [Split(name, text, start.rows.get(name)) for name, text in sources.items()]
 
 
 def _settings(run: RunFolder) -> list[tuple[str, str]]:

@@ -13,6 +13,8 @@ _MOST_POINTS = 240
 """A longer curve is drawn as the means of as many groups of steps."""
 _LEAST_RANGE = 5e-3
 """Least range of an axis in relation to its values, so that the labels of ticks differ."""
+_LARGEST = 1e100
+"""Largest absolute value that is drawn; the ticks of larger ones overflow."""
 Points = Sequence[tuple[float, float]]
 
 
@@ -71,14 +73,19 @@ class Axis:
         return round(100 * min(max(share, 0.0), 1.0), 2)
 
 
+def is_drawable(value: float) -> bool:
+    """Return whether a value is finite, and not too large for an axis."""
+    return abs(value) <= _LARGEST
+
+
 def points_of(lines: Iterable[Mapping[str, Any]], key: str) -> list[tuple[float, float]]:
-    """Return the finite values of a metric by step.
+    """Return the drawable values of a metric by step.
 
     Args:
         lines: lines of a `metrics.jsonl`.
         key: name of the metric.
     """
-    return [(line["step"], line[key]) for line in lines if math.isfinite(line.get(key, math.nan))]
+    return [(line["step"], line[key]) for line in lines if is_drawable(line.get(key, math.nan))]
 
 
 def draw(
@@ -150,7 +157,7 @@ def nice_ticks(values: Sequence[float], *, whole: bool = False) -> list[float]:
     """Return round numbers whose range includes all values, at least two.
 
     Args:
-        values: finite numbers.
+        values: drawable numbers.
         whole: whether the numbers are integers.
     """
     from matplotlib.ticker import MaxNLocator

@@ -6,15 +6,14 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jaxpeft.hub.adapters.usage import apply_lines, generation_lines
+
 if TYPE_CHECKING:
     from jaxpeft.train.setup import Setup
 
 _CHAT = (
-    (
-        "chat = tokenizer.apply_chat_template([{'role': 'user', 'content': 'a question'}],"
-        " tokenize=False, add_generation_prompt=True)"
-    ),
-    "ids = tokenizer(chat, add_special_tokens=False)['input_ids']",
+    "chat = tokenizer.apply_chat_template([{'role': 'user', 'content': 'a question'}],"
+    " tokenize=False, add_generation_prompt=True)"
 )
 
 
@@ -87,16 +86,9 @@ def _generation_lines(setup: Setup) -> tuple[str, ...]:
         if setup.provenance.decided.kind == "prompt_completion"
         else "'the beginning of a text'"
     )
-    return (
-        *(
-            _CHAT
-            if setup.provenance.decided.chats
-            else (f"ids = tokenizer({prompt})['input_ids']",)
-        ),
-        "ends = {settings.eos_token_id, tokenizer.eos_token_id} - {None}",
-        "(answer,) = jaxpeft.generate(model, params, [ids], max_new_tokens=32, eos=ends)",
-        "print(tokenizer.decode(answer, skip_special_tokens=True))",
-    )
+    if setup.provenance.decided.chats:
+        return (_CHAT, *generation_lines("tokenizer(chat, add_special_tokens=False)['input_ids']"))
+    return generation_lines(f"tokenizer({prompt})['input_ids']")
 
 
 def _classification_lines(setup: Setup) -> tuple[str, ...]:
@@ -107,11 +99,4 @@ def _classification_lines(setup: Setup) -> tuple[str, ...]:
         else ""
     )
     text = "'one text', 'the other'" if pairs else "'some text'"
-    return (
-        f"inputs = tokenizer({text}, return_tensors='np')",
-        (
-            "logits = jaxpeft.apply(model, params, inputs['input_ids'],"
-            f" inputs['attention_mask']{types})"
-        ),
-        "print(settings.predict(logits))",
-    )
+    return apply_lines(text, types, "settings.predict(outputs)")

@@ -17,6 +17,8 @@ from jaxpeft.errors import ConfigError
 Figures = Mapping[str, float]
 _log = logging.getLogger(__name__)
 _MAX_LISTED = 5
+_LARGEST = 2**63
+"""Integers of a metrics.jsonl are smaller, also if they are negative."""
 CONFIG, RUN, BEFORE = "config.json", "run.json", "before.json"
 """Files of a run at its start: its config, what else is known then, the metrics before training."""
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
@@ -112,7 +114,10 @@ def _is_line(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     line = cast("dict[str, Any]", value)
-    figures = all(isinstance(figure, (int, float)) for figure in line.values())
+    figures = all(
+        isinstance(figure, float) or (isinstance(figure, int) and abs(figure) < _LARGEST)
+        for figure in line.values()
+    )
     return figures and type(line.get("step")) is int
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from jaxpeft.data import report
 from jaxpeft.data.__main__ import main
+from jaxpeft.data.chat.dialogs import Completion, Preference
 from jaxpeft.train.__main__ import main as train
 from tests.train.runs import tiny_models
 
@@ -166,3 +170,10 @@ def test_help_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "python -m jaxpeft.data --config configs/NAME.py" in shown
     assert "--show: int = 3, >= 0\n      rows to show" in shown
+
+
+def test_a_row_does_not_control_the_terminal() -> None:
+    pair = Preference(Completion("", "red\x1b[31m"), Completion("", "green"))
+    examples: Any = SimpleNamespace(texts=[pair])
+    shown = [part.plain for part in report.pairs(examples, 1)]
+    assert shown == ["--- pair 1", "", "chosen: red\\u001b[31m", "rejected: green"]

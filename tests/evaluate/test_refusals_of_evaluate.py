@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -36,7 +37,12 @@ def test_code_runs_only_if_it_is_allowed(capsys):
 
 def test_an_output_in_an_absent_folder_is_refused_first(capsys):
     words = ["--adapter=a", "--data=x.jsonl", "--json=nowhere/out.json"]
-    assert "--json: 'nowhere/out.json' is in a folder that does not exist" in refusal(words, capsys)
+    assert "--json nowhere/out.json: " in (shown := refusal(words, capsys))
+    assert "/nowhere is not a folder; create it" in shown
+    words = ["--adapter=x", "--data=y", "--json=.", f"--plot={Path(__file__)}"]
+    shown = refusal(words, capsys)
+    assert "--json .: is a folder; give the name of a file" in shown
+    assert f"--plot {Path(__file__)}: is a file; choose a new folder" in shown
 
 
 def test_a_metric_of_another_task_is_refused(trained, evaluate):

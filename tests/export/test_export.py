@@ -221,8 +221,10 @@ def test_a_pooling_that_transformers_does_not_know_is_refused(make, tmp_path, ki
     text = made.refused(tmp_path / "merged")
     assert (
         f"--to merged: the classifier uses pooling={pooling!r}, but transformers uses {own!r} for"
-        f" {kind}, so its labels would differ" in text
+        f" {kind}, so its labels would differ; use it with jaxpeft:"
+        f" `python -m jaxpeft.generate --adapter {made.folder} --input FILE`" in text
     )
+    assert "; use it with jaxpeft:" in made.refused(tmp_path / "mlx", to="mlx")
     report = made.export(tmp_path / "peft", "peft")  # what it tells of in its place
     assert "transformers" not in report.lines[-1] and "PeftModel" not in report.lines[-1]
     model, params = jaxpeft.load(
@@ -378,7 +380,7 @@ def test_a_folder_that_holds_something_is_refused(make, tmp_path):
     assert made.refused(made.base).endswith("is not empty; choose a new folder")
     (tmp_path / "file").write_text("")
     assert made.refused(tmp_path / "file").endswith("is a file; choose a new folder")
-    with pytest.raises(ConfigError, match="--out /proc/nowhere: cannot be written"):
+    with pytest.raises(ConfigError, match="--output /proc/nowhere: cannot be written"):
         made.export(Path("/proc/nowhere"))
     (tmp_path / "empty").mkdir()
     made.export(tmp_path / "empty" / "below" / "it", "peft")

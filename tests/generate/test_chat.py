@@ -67,7 +67,8 @@ def test_the_base_answers_beside_the_tuned_model(session: Session) -> None:
 
 
 def test_an_unknown_command_is_told_and_quit_ends(session: Session) -> None:
-    assert "/foo: no such command; /help lists them" in say(session, "/foo")
+    shown = say(session, "/foo\x1b[2J")
+    assert "/foo\\u001b[2J: no such command; /help lists them" in shown and "\x1b" not in shown
     assert "/reset" in say(session, "/help")
     assert "word" not in say(session, "/quit", "word5")
 

@@ -218,6 +218,18 @@ def test_rows_are_checked_before_the_model_is_loaded(
     )
 
 
+@pytest.mark.parametrize("flag", ["--chat", "--prompts"])
+def test_a_missing_template_is_told_before_the_weights_are_read(
+    llama: str, write_jsonl: Callable[..., str], tmp_path: Path, capsys: Any, monkeypatch: Any,
+    flag: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(session_module, "load_adapted", None)
+    rows = write_jsonl({"messages": [{"role": "user", "content": "word1"}]})
+    more = [flag] if flag == "--chat" else [flag, rows, "--output", str(tmp_path / "out.jsonl")]
+    assert command.main(["--model", llama, *more]) == 2
+    assert "--chat-template: the tokenizer has no template" in capsys.readouterr().err
+
+
 def test_a_classifier_generates_no_text(
     tiny_models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

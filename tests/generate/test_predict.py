@@ -61,13 +61,16 @@ def write_csv(path: Path, **columns: list[Any]) -> Path:
 
 
 def test_a_classifier_gives_labels_with_probabilities(
-    make: Make, tmp_path: Path, capsys: Any
+    make: Make, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     adapter, logits = make(
         "sequence_classification", 3, labels=NAMES, problem_type="single_label_classification"
     )
     source = write_csv(tmp_path / "in.csv", id=[1, 2, 3], text=TEXTS)
-    found = predict(adapter, source, capsys)
+    with caplog.at_level("INFO", logger="jaxpeft"):
+        caplog.clear()
+        found = predict(adapter, source, capsys)
+    assert "newly initialized" not in caplog.text and "loaded lora adapter" in caplog.text
     assert [row["text"] for row in found] == TEXTS
     for row, text in zip(found, TEXTS, strict=True):
         wanted = np.asarray(jax.nn.softmax(logits(text)))
@@ -77,6 +80,25 @@ def test_a_classifier_gives_labels_with_probabilities(
     assert predict(adapter, source, capsys, "--output", str(out), "--batch-size=1") == []
     again = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["prediction"] for row in again] == [row["prediction"] for row in found]
+
+
+def test_labels_do_not_control_the_terminal(make: Make, tmp_path: Path, capsys: Any) -> None:
+    names = tuple(f"{name}\x9b31m" for name in NAMES)
+    adapter, _ = make("sequence_classification", 3, labels=names)
+    source = write_csv(tmp_path / "in.csv", text=TEXTS)
+    assert command.main(["--adapter", str(adapter), "--input", str(source)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x9b" not in shown
+    assert {json.loads(line)["prediction"] for line in shown.splitlines()} <= {*names}
+
+
+def test_generated_text_does_not_control_the_terminal(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command._write("\x1b[2Jtext\n")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    command._write("\x1b[2Jtext\n")
+    assert capsys.readouterr().out == "\x1b[2Jtext\n\\u001b[2Jtext\n"
 
 
 @pytest.mark.slow

@@ -17,6 +17,8 @@ from safetensors.numpy import load_file, save_file
 import jaxpeft
 from jaxpeft.core import paths
 from jaxpeft.errors import ConfigError, JaxpeftError, WeightsError
+from jaxpeft.hub import loading
+from jaxpeft.hub.model_request import ModelRequest
 from tests.hub.helpers import assert_bit_equal, edited
 from tests.models.conftest import LABELS, make_batch
 
@@ -154,6 +156,15 @@ def test_a_head_made_newly_is_logged(reference, caplog):
     with caplog.at_level("INFO", logger="jaxpeft"):
         jaxpeft.load(reference("distilbert", "encoder").folder, task=SEQUENCE)
     assert messages(caplog)[1:] == ["newly initialized head: classifier, pre_classifier"]
+
+
+def test_a_new_head_that_an_adapter_replaces_is_not_logged(reference, caplog):
+    found = loading.outline(reference("distilbert", "encoder").folder, ModelRequest(SEQUENCE))
+    with caplog.at_level("INFO", logger="jaxpeft"):
+        base = found.read(log_head=False)
+        own = jax.tree.map(lambda leaf: leaf + 1, base["classifier"])
+        found.log_new_head(base, base | {"classifier": own})
+    assert messages(caplog)[1:] == ["newly initialized head: pre_classifier"]
 
 
 # ---------------------------------------------------------------------------------- wrong arguments

@@ -109,6 +109,19 @@ def test_every_row_of_a_batch_uses_its_own_adapter() -> None:
         jaxpeft.generate(model, bank, PROMPTS, max_new_tokens=1, adapter=[0, 1])
     with pytest.raises(DataError, match="adapter: 2 is outside the stack of 2 adapters"):
         jaxpeft.generate(model, bank, PROMPTS, max_new_tokens=1, adapter=2)
+    with pytest.raises(ConfigError, match="adapter: the parameters are an adapter stack"):
+        jaxpeft.generate(model, bank, PROMPTS, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap])
+def test_a_traced_call_is_refused(transform: Any) -> None:
+    model, params = load("llama")
+    with pytest.raises(ConfigError, match="generate: cannot be traced by jax"):
+        transform(lambda ids: jaxpeft.generate(model, params, [ids], max_new_tokens=1))(
+            jnp.ones((2, 3), jnp.int32)
+        )
+    with pytest.raises(ConfigError, match="generate: cannot be traced"):
+        jax.jit(lambda: jaxpeft.generate(model, params, [[1]], max_new_tokens=1))()
 
 
 @pytest.mark.parametrize("strategy", ["replicated", "fsdp", "tensor", "fsdp_tensor"])

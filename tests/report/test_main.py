@@ -58,6 +58,29 @@ def test_an_evaluation_is_shown_with_its_intervals(write_run: WriteRun, tmp_path
     assert ("0.0", "100.0") in lines  # of the loss, on its own axis
 
 
+@pytest.mark.parametrize("value", [1e308, -1e308, float("nan")])
+def test_a_number_too_large_for_an_axis_is_only_printed(
+    write_run: WriteRun, tmp_path: Path, value: float
+) -> None:
+    ends = {"value": value, "low": -1e308, "high": 1e308}
+    metrics = {"loss": {**ends, "against": ends, "difference": ends, "p": 1}}
+    file, out = tmp_path / "evaluation.json", tmp_path / "page.html"
+    file.write_text(json.dumps({**EVALUATION, "metrics": metrics}))
+    lines = [{"step": 1, "loss": value}, {"step": 2, "loss": 3.5}, {"step": 10**200, "loss": 1}]
+    run = write_run(metrics=lines)
+    assert main(["--run", str(run), "--evaluation", str(file), "--out", str(out)]) == 0
+    found = Page(out.read_text())
+    assert "-1e+308 to 1e+308" in found.text
+    assert "training from 3.5 at step 2 to 3.5 at step 2" in out.read_text()
+    drawn = {
+        value
+        for tag in ("line", "circle", "path")
+        for one in found.of(tag)
+        for value in one.values()
+    }
+    assert not {"nan", "inf"} & drawn
+
+
 ADAPTER = "adapter_model.safetensors"
 
 
@@ -103,25 +126,60 @@ def without(name: str) -> dict[str, Any]:
 
 
 METRIC = {"accuracy": {"value": "high"}}
+RESULT = {
+    "metric": "loss",
+    "split": "test",
+    "test": {"loss": 1.5},
+    "seconds": 2.5,
+    "steps": 2,
+    "best_step": 2,
+    "trainable_parameters": 1,
+    "total_parameters": 2,
+}
+"""What a run of a comparison writes, shortened."""
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         ({"version": 2}, "version must be 1, is 2; write the file again"),
-        (without("metrics"), "metrics: must be an object, is None"),
-        ({**EVALUATION, "metrics": {"f1": {}}}, "value: is missing"),
-        ({**EVALUATION, "metrics": METRIC}, "value: must be a number, is 'high' (str)"),
+        (without("metrics"), "metrics: is missing; was it"),
+        ({**EVALUATION, "metrics": {"f1": {}}}, "metrics.f1.value: is missing"),
+        (
+            {**EVALUATION, "metrics": METRIC},
+            "metrics.accuracy.value: must be a number, is 'high' (str)",
+        ),
+        (
+            {**EVALUATION, "metrics": {"f1": {"value": 1, "low": 0}}},
+            "metrics.f1.high: must be a number if low is one, is None",
+        ),
+        (
+            {**EVALUATION, "metrics": {"f1": {"value": 1, "p": "x"}}},
+            "metrics.f1.p: must be a number or None, is 'x' (str)",
+        ),
+        (
+            {**EVALUATION, "metrics": {"f1": {"value": 1, "p": -1}}},
+            "metrics.f1.p: must be from 0 to 1, is -1.0",
+        ),
+        ({**EVALUATION, "metrics": {"f1": []}}, "metrics.f1: must be an object, is [] (list)"),
+        (
+            {**EVALUATION, "bootstrap": {"level": 95, "resamples": -1}},
+            "bootstrap.level: must be in (0, 1), is 95.0",
+        ),
+        ({**EVALUATION, "classes": [{}]}, "classes[0].label: is missing"),
+        ({**EVALUATION, "classes": "red"}, "classes: must be a list of objects, is 'red' (str)"),
+        ({**EVALUATION, "confusion": {"labels": 1}}, "confusion.labels: must be a list of str"),
+        ({**EVALUATION, "paired": {"wins": {"f1": {}}}}, "paired.wins.f1.wins: is missing"),
         ({**EVALUATION, "changed": [0]}, "changed: 0 is not the index of a row with both"),
         ({**EVALUATION, "changed": ["x"]}, "changed: 'x' is not the index of a row with both"),
-        ({**EVALUATION, "bootstrap": {"level": []}}, "level: must be a number, is []"),
+        ({**EVALUATION, "bootstrap": {"level": []}}, "bootstrap.level: must be a number, is []"),
         (
             {**EVALUATION, "confusion": {"labels": ["a"], "counts": [[1, 2]]}},
-            "confusion: counts must have a row and a column for each label",
+            "confusion.counts: must have a row and a column for each label",
         ),
         (
             {**EVALUATION, "calibration": {**EVALUATION["calibration"], "edges": [0.0]}},
-            "calibration: counts must be one less than the edges",
+            "calibration.counts: must be one less than the edges",
         ),
     ],
 )
@@ -184,10 +242,19 @@ def test_a_missing_evaluation_is_named(
         ({"run": {**START, "labels": [1]}}, "run.json: labels[0]: must be a string, is 1"),
         (
             {"run": {**START, "rows": {"train": {"rows": "x"}}}},
-            "run.json: rows['train']['rows']: must be an integer",
+            "run.json: rows.train.rows: must be an integer",
         ),
+        ({"run": {**START, "rows": {"train": {}}}}, "run.json: rows.train.rows: is missing"),
         ({"summary": {"metric": 3}}, "summary.json: metric: must be a string, is 3 (int)"),
         ({"summary": {"metric": "loss"}}, "summary.json: steps: is missing"),
+        (
+            {"summary": None, "result": {**RESULT, "metric": "f2"}},
+            "result.json: metric: must be one of the test metrics (loss), is 'f2'",
+        ),
+        (
+            {"summary": None, "result": {**RESULT, "forgetting": {"measure": "loss"}}},
+            "result.json: forgetting.before: is missing",
+        ),
         (
             {"summary": None, "before": {"figures": {"loss": "low"}}},
             "before.json: figures['loss']: must be a number, is 'low'",

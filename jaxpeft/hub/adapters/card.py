@@ -14,6 +14,7 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.options import changed_options
 from jaxpeft.hub.adapters.folder_layout import CONFIG, FolderLayout
 from jaxpeft.hub.adapters.settings import Settings
+from jaxpeft.hub.adapters.usage import apply_lines, generation_lines
 from jaxpeft.hub.sources import is_local, package_of, public_name
 
 _PIPELINES = {
@@ -62,6 +63,7 @@ def text(
     settings: Settings,
     training: Training | None = None,
     note: str = "",
+    has_tokenizer: bool = False,
 ) -> str:
     """Return the model card.
 
@@ -72,22 +74,24 @@ def text(
         settings: settings of the run.
         training: how it was trained; None if that is unknown.
         note: why the outputs differ in the layout's library; empty if they are the same.
+        has_tokenizer: whether the folder contains a tokenizer; if not, the base's is used.
     """
     base = str(config["base_model_name_or_path"])
     name = _inline(public_name(base)) if base else "an unnamed base"
     elsewhere = known_elsewhere(method, layout)
     kind = "adapter" if elsewhere else "weights"
     in_peft = layout.name == "peft" and elsewhere and not note
+    library = layout.name if elsewhere and not note else "jaxpeft"
     parts = [
-        f"---\n{_metadata(method, layout, base, settings, training)}\n---",
+        f"---\n{_metadata(method, library, base, settings, training)}\n---",
         f"# {method.name} {kind} for {name}",
         _introduction(method, layout, training),
         *([_results(training)] if training else []),
         "## How to load it",
         *([_peft_code(base, config, settings)] if in_peft else []),
-        *([layout.usage.strip()] if layout.usage else []),
+        *([layout.usage.strip()] if layout.usage and not note else []),
         *([f"Note: {note}"] if note else []),
-        _own_code(base, config),
+        _own_code(base, config, settings, has_tokenizer),
         "## Details",
         _details(method, config, settings),
     ]
@@ -96,7 +100,7 @@ def text(
 
 def _metadata(
     method: Method,
-    layout: FolderLayout,
+    library: str,
     base: str,
     settings: Settings,
     training: Training | None,
@@ -120,7 +124,7 @@ def _metadata(
         ]
     data = ModelCardData(
         base_model=public_name(base) if base else None,
-        library_name=layout.name if known_elsewhere(method, layout) else "jaxpeft",
+        library_name=library,
         pipeline_tag=pipeline,
         tags=["jaxpeft", method.name],
         datasets=list(training.datasets) if training is not None and training.datasets else None,
@@ -179,16 +183,29 @@ def _peft_code(base: str, config: Mapping[str, Any], settings: Settings) -> str:
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
-def _own_code(base: str, config: Mapping[str, Any]) -> str:
+def _own_code(base: str, config: Mapping[str, Any], settings: Settings, has_tokenizer: bool) -> str:
     named = package_of(base) or (f"path/to/{public_name(base)}" if is_local(base) else base)
+    tokenizer = "'path/to/this/folder'" if has_tokenizer else "model.source.folder"
     lines = (
         "import jaxpeft",
+        "import transformers",
         "",
         "settings = jaxpeft.read_settings('path/to/this/folder')",
         f"model, params = jaxpeft.load({named!r}{_revision(config)}, **settings.load_options)",
         "method, params = jaxpeft.load_adapter('path/to/this/folder', model, params)",
+        f"tokenizer = transformers.AutoTokenizer.from_pretrained({tokenizer})",
+        "",
+        *_first_output(settings),
     )
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _first_output(settings: Settings) -> tuple[str, ...]:
+    """Return the lines that print a text, the predicted label, or the shape of hidden states."""
+    if settings.task == "causal_lm":
+        return generation_lines("tokenizer('The beginning of a text')['input_ids']")
+    shown = "outputs.shape" if settings.task == "encoder" else "settings.predict(outputs)"
+    return apply_lines("'A sentence.'", shown=shown)
 
 
 def _revision(config: Mapping[str, Any]) -> str:

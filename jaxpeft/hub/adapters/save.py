@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -30,6 +31,16 @@ from jaxpeft.hub.weights.safetensors_writing import write_arrays
 from jaxpeft.models.base import Pretrained, abstract_params
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a model card says besides the adapter: its training, and whether the folder contains a
+    tokenizer.
+    """
+
+    training: adapter_card.Training | None
+    has_tokenizer: bool = False
 
 
 def save_adapter(
@@ -72,7 +83,8 @@ def save_adapter(
     _check_tree(method, params, model)
     decided = _complete(settings or Settings(), model, labels)
     save = _save_one if companions.split(method) else _save_parts
-    save(folder, method, params, model, decided, training)
+    facts = CardFacts(training, tokenizer is not None)
+    save(folder, method, params, model, decided, facts)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if save is _save_one:
@@ -86,7 +98,7 @@ def _save_one(
     params: Mapping[str, Any],
     model: Pretrained,
     settings: Settings,
-    training: adapter_card.Training | None,
+    facts: CardFacts,
 ) -> None:
     """Save the adapter of one method, and of the additional ones that its files can store."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +129,9 @@ def _save_one(
     files = layout.files(Content(config, tensors, sites, model, settings.labels))
     files |= {EXTRA: adapter_extra.extra_content(settings, files)}
     note = _pooling_note(layout, model)
-    card = adapter_card.text(main, layout, config, settings, training, note)
+    card = adapter_card.text(
+        main, layout, config, settings, facts.training, note, facts.has_tokenizer
+    )
     atomic.write_text(folder / CARD, card)
     for name in sorted(
         files, key=lambda name: (name.endswith(".safetensors"), name == layout.weights)
@@ -171,7 +185,7 @@ def _save_parts(
     params: Mapping[str, Any],
     model: Pretrained,
     settings: Settings,
-    training: adapter_card.Training | None,
+    facts: CardFacts,
 ) -> None:
     """Save a mixed method as one folder per part, each loadable by `peft`, and their list."""
     names: list[str] = []
@@ -181,7 +195,7 @@ def _save_parts(
         own = dataclasses.replace(
             part, modules_to_save=(*method.modules_to_save, *part.modules_to_save)
         )
-        _save_one(folder / name, own, params, model, settings, training)
+        _save_one(folder / name, own, params, model, settings, CardFacts(facts.training))
     content = {"jaxpeft_version": jaxpeft.__version__, "parts": names, "method": method.as_dict()}
     atomic.write_text(folder / PARTS, json.dumps(content, indent=2) + "\n")
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from huggingface_hub import ModelCard
 
 import jaxpeft
 from jaxpeft.hub.adapters.card import Training
 from jaxpeft.hub.sources import PACKAGED, is_local, public_name
 from tests.hub.helpers import METHOD, trained
+from tests.train.runs import write_tokenizer
 
 SEQUENCE = "sequence_classification"
 IDS = np.array([[2, 7, 9, 3]])
@@ -80,15 +82,17 @@ def test_without_training_it_has_no_metrics_and_a_folder_is_named_by_its_last_co
     ("kind", "task"), [("bert", SEQUENCE), ("llama", "causal_lm"), ("bert", "token_classification")]
 )
 @pytest.mark.representatives("bert-sequence*")
-def test_its_code_loads_the_adapter_in_both_libraries(save, kind, task):
+def test_its_code_loads_the_adapter_in_both_libraries(save, kind, task, tmp_path, capsys):
     import torch
 
+    write_tokenizer(tmp_path / "tokenizer")
     saved = save(METHOD if kind == "bert" else jaxpeft.LoRA(), kind, task)
     text = (saved.folder / "README.md").read_text()
     base = str(saved.model.source.folder)
     names: dict[str, Any] = {}
     for library in ("peft", "jaxpeft"):
         code = code_of(text, library).replace("path/to/this/folder", str(saved.folder))
+        code = code.replace("model.source.folder", repr(str(tmp_path / "tokenizer")))
         exec(code.replace(f"path/to/{Path(base).name}", base), names)
         if library == "peft":
             with torch.no_grad():
@@ -96,6 +100,24 @@ def test_its_code_loads_the_adapter_in_both_libraries(save, kind, task):
                 wanted = model(input_ids=torch.tensor(IDS)).logits.numpy()
     ours = jaxpeft.apply(names["model"], names["params"], IDS, np.ones_like(IDS))
     np.testing.assert_allclose(ours, wanted, atol=1e-4)
+    shown = capsys.readouterr().out  # the first output
+    assert shown.strip() if task == "causal_lm" else "LABEL_" in shown
+
+
+def test_its_code_reads_the_tokenizer_of_the_folder(save, tmp_path):
+    saved, folder = save(), tmp_path / "with tokenizer"
+    assert "from_pretrained(model.source.folder)" in (saved.folder / "README.md").read_text()
+    write_tokenizer(tmp_path / "tokenizer")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    jaxpeft.save_adapter(folder, METHOD, saved.params, saved.model, tokenizer=tokenizer)
+    card = (folder / "README.md").read_text()
+    assert "AutoTokenizer.from_pretrained('path/to/this/folder')" in card
+
+
+def test_pooling_that_only_jaxpeft_knows_makes_it_the_library(save):
+    card = ModelCard.load(save(pooling="mean").folder / "README.md")
+    assert card.data.library_name == "jaxpeft"
+    assert "from peft import" not in card.text and "import jaxpeft" in card.text
 
 
 def test_hostile_labels_and_names_are_text(save, tmp_path):
