@@ -13,13 +13,18 @@ from jaxpeft.config.data_config import DATA_FIELDS
 from jaxpeft.core.options import option
 from jaxpeft.errors import ConfigError, DataError, nearest
 
+NEW_TOKENS = 256
+"""Default of the maximum number of new tokens. A shorter one cuts answers and lowers scores."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArguments(Arguments):
     """Which model to load, and how."""
 
     model: str | None = option(
-        None, "folder or hub id of the base; by default the one recorded in the adapter"
+        None,
+        "folder or hub id of the base; by default the one recorded in the adapter",
+        also=("base",),
     )
     adapter: str | None = option(
         None, "folder of the adapter, or of the run that trained it; by default the base alone"

@@ -41,7 +41,13 @@ class ConfigArguments(Arguments):
 def argument_docs(cls: type[Arguments]) -> tuple[OptionDoc, ...]:
     """Return the documentation of a command's arguments; those shared by all commands come last."""
     shared = {field.name for field in dataclasses.fields(ConfigArguments)} - {"config"}
-    return tuple(sorted(option_docs(cls), key=lambda one: one.name in shared))
+    docs = [
+        dataclasses.replace(one, doc=f"{one.doc}; comma separated")
+        if one.type.startswith("list[")
+        else one
+        for one in option_docs(cls)
+    ]
+    return tuple(sorted(docs, key=lambda one: one.name in shared))
 
 
 def flag(name: str) -> str:
@@ -106,7 +112,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser(cls: type[Any]) -> _Parser:
     parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(cls):
-        spellings = dict.fromkeys((flag(field.name), f"--{field.name}"))
+        also: tuple[str, ...] = field.metadata.get("also", ())
+        spellings = dict.fromkeys((flag(field.name), f"--{field.name}", *map(flag, also)))
         if hints_of(cls)[field.name] is bool:
             parser.add_argument(*spellings, dest=field.name, nargs="?", const="true")
         else:

@@ -98,7 +98,14 @@ _LARGEST_INT = 2**31 - 1
 _MOST_SHOWN = 5
 
 
-def option(default: Any, doc: str, *, read: Reader | None = None, **bounds: float) -> Any:
+def option(
+    default: Any,
+    doc: str,
+    *,
+    read: Reader | None = None,
+    also: tuple[str, ...] = (),
+    **bounds: float,
+) -> Any:
     """Declare one option.
 
     Args:
@@ -106,9 +113,10 @@ def option(default: Any, doc: str, *, read: Reader | None = None, **bounds: floa
         doc: one-line description, with the unit.
         read: makes an instance of a section that has several possible types, such as methods;
             None to use `parse`.
+        also: further names of its command-line flag.
         **bounds: any of `above`, `at_least`, `below`, `at_most`.
     """
-    metadata = {"doc": doc, **({"read": read} if read else {}), **bounds}
+    metadata = {"doc": doc, **({"read": read} if read else {}), "also": also, **bounds}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
     if isinstance(default, type):

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxpeft.command.model_arguments import ModelArguments, data_flags
+from jaxpeft.command.model_arguments import NEW_TOKENS, ModelArguments, data_flags
 from jaxpeft.command.output_paths import file_problem, folder_problem
 from jaxpeft.command.running import run_command, write_lines
 from jaxpeft.config.literals import unescape
@@ -40,7 +40,9 @@ class EvaluateArguments(ModelArguments):
     against: str | None = option(
         None, "what to compare with: 'base', or the folder of another adapter of the same task"
     )
-    json: str | None = option(None, "JSON file to write, with all metrics and rows")
+    output: str | None = option(
+        None, "JSON file to write, with all metrics and rows; also --json", also=("json",)
+    )
     plot: str | None = option(None, "folder for reliability.png and confusion.png")
     metrics: tuple[str, ...] = option(
         (), "metrics to report, such as loss,exact_match; by default those of the task"
@@ -58,7 +60,9 @@ class EvaluateArguments(ModelArguments):
     interval: Literal["percentile", "bca"] = option(
         "percentile", "bootstrap interval: of percentiles, or bias-corrected and accelerated"
     )
-    max_new_tokens: int = option(64, "maximum tokens of a generated answer", at_least=1)
+    max_new_tokens: int = option(
+        NEW_TOKENS, "maximum number of new tokens of an answer", at_least=1
+    )
     temperature: float = option(0.0, "temperature of generated answers; 0 for greedy", at_least=0)
     run_code: Literal["answer", "prompt"] | None = option(
         None,
@@ -99,9 +103,9 @@ def _run(args: EvaluateArguments) -> int:
     with data_flags():
         found = assess(_request(args, data_options))
     write_lines(report(found, args.show))
-    if args.json is not None:
+    if args.output is not None:
         text = json.dumps(result_json(found), indent=1, ensure_ascii=False)
-        atomic.write_text(Path(args.json).expanduser(), text + "\n")
+        atomic.write_text(Path(args.output).expanduser(), text + "\n")
     if args.plot is not None:
         files = draw(Path(args.plot).expanduser(), found.own, found.rows.labels)
         write_lines(f"plots: {', '.join(map(str, files))}")
@@ -147,7 +151,7 @@ def _data_options(args: EvaluateArguments) -> dict[str, Any]:
     if args.adapter is None and args.model is None:
         problems.append("--adapter: is required without --model; see --help")
     problems += args.column_problems()
-    outputs = (file_problem("--json", args.json), folder_problem("--plot", args.plot))
+    outputs = (file_problem("--output", args.output), folder_problem("--plot", args.plot))
     problems += [problem for problem in outputs if problem]
     if problems:
         raise ConfigError(problems)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxpeft.command.model_arguments import NEW_TOKENS
 from jaxpeft.core.paths import Tree
 from jaxpeft.data.chat.dialogs import last_answer
 from jaxpeft.data.examples.make import CHATS
@@ -40,7 +41,7 @@ class Generating:
         tests: column of the tests; None for a usual one.
     """
 
-    max_new_tokens: int = 64
+    max_new_tokens: int = NEW_TOKENS
     temperature: float = 0.0
     seed: int = 0
     batch_size: int = 32

@@ -135,7 +135,7 @@ def _classes(found: Assessment) -> Iterator[str]:
     shown = lowest_first(classes)[:_MOST_CLASSES]
     yield ""
     if len(shown) < len(classes):
-        yield f"the {len(shown)} of {len(classes)} classes with the lowest F1 (--json has all):"
+        yield f"the {len(shown)} of {len(classes)} classes with the lowest F1 (--output has all):"
     cells = [
         [one.label, *(f"{x:.3f}" for x in (one.precision, one.recall, one.f1)), str(one.support)]
         for one in (shown if len(shown) < len(classes) else classes)

@@ -1,4 +1,4 @@
-"""Export an adapter: `python -m jaxpeft.export --adapter DIR --to FORMAT --out DIR`.
+"""Export an adapter: `python -m jaxpeft.export --adapter DIR --to FORMAT --output DIR`.
 
 The formats:
 
@@ -45,9 +45,11 @@ class ExportArguments(Arguments):
 
     adapter: str | None = option(None, "folder of the adapter")
     to: ExportTarget | None = option(None, "output format")
-    out: str | None = option(None, "folder to write, which must be new")
+    output: str | None = option(None, "folder to write, which must be new", also=("out",))
     base: str | None = option(
-        None, "folder or hub id of the base; by default the one recorded in the adapter"
+        None,
+        "folder or hub id of the base; by default the one recorded in the adapter; also --model,"
+        " unless --verify is given",
     )
     dtype: Dtype | None = option(None, "dtype of merged weights; by default the base's")
     task: Task | None = option(None, "task, if the adapter does not record it")
@@ -62,9 +64,12 @@ class ExportArguments(Arguments):
         False, "export even if the adapter does not change the base's outputs"
     )
     verify: str | None = option(
-        None, "address of a server to verify, such as http://localhost:8000; without --to and --out"
+        None,
+        "address of a server to verify, such as http://localhost:8000; without --to and --output",
     )
-    model: str | None = option(None, "name of the model to ask the server for, with --verify")
+    model: str | None = option(
+        None, "with --verify, the name of the model to ask the server for; otherwise --base"
+    )
     timeout: float = option(60.0, "seconds to wait for an answer of the server", above=0)
 
 
@@ -80,12 +85,13 @@ def main(argv: list[str]) -> int:
 def _run(args: ExportArguments) -> int:
     if args.verify is not None:
         return _verify(args, args.verify)
-    needed = ("adapter", "to", "out")
+    needed = ("adapter", "to", "output")
     missing = [f"--{name}: is required; see --help" for name in needed if not getattr(args, name)]
-    stray = ["--model: needs --verify"] if args.model is not None else []
-    occupied = folder_problem("--out", args.out, is_new=True)
+    both = args.model is not None and args.base is not None
+    stray = ["--model: is the base, as --base is; give only one of them"] if both else []
+    occupied = folder_problem("--output", args.output, is_new=True)
     stray += [occupied] if occupied else []
-    if args.adapter is None or args.to is None or args.out is None or stray:
+    if args.adapter is None or args.to is None or args.output is None or stray:
         raise ConfigError([*missing, *stray])
     # imports JAX, so only for valid arguments
     from jaxpeft.export.export import ExportRequest, export
@@ -93,8 +99,8 @@ def _run(args: ExportArguments) -> int:
     request = ExportRequest(
         Path(args.adapter),
         to=args.to,
-        out=Path(args.out),
-        base=args.base,
+        out=Path(args.output),
+        base=args.base or args.model,
         dtype=args.dtype,
         task=args.task,
         pooling=args.pooling,
@@ -115,7 +121,7 @@ def _verify(args: ExportArguments, url: str) -> int:
     ]
     stray = [
         f"--{name}: cannot be used with --verify, which writes no files"
-        for name in ("to", "out")
+        for name in ("to", "output")
         if getattr(args, name) is not None
     ]
     if args.adapter is None or args.model is None or stray:

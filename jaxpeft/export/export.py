@@ -88,6 +88,6 @@ def _work_folder(out: Path) -> Generator[Path]:
             temporary.mkdir()
         except OSError as error:
             raise ConfigError(
-                f"--out {out}: cannot be written ({error.strerror}); choose another folder"
+                f"--output {out}: cannot be written ({error.strerror}); choose another folder"
             ) from None
         yield temporary

@@ -89,7 +89,7 @@ def require_free(out: Path) -> None:
     Raises:
         ConfigError: It is not empty, is a file, or cannot be written.
     """
-    if problem := folder_problem("--out", str(out), is_new=True):
+    if problem := folder_problem("--output", str(out), is_new=True):
         raise ConfigError(problem)
 
 

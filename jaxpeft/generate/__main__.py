@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxpeft.command.model_arguments import ModelArguments, data_flags
+from jaxpeft.command.model_arguments import NEW_TOKENS, ModelArguments, data_flags
 from jaxpeft.command.output_paths import file_problem
 from jaxpeft.command.running import run_command
 from jaxpeft.core.options import option
@@ -34,7 +34,7 @@ class GenerateArguments(ModelArguments):
     input: str | None = option(None, "file of rows to classify, such as IN.csv")
     output: str | None = option(None, "JSONL file for the rows of --prompts or --input")
     chat: bool = option(False, "chat in the terminal")
-    max_new_tokens: int = option(256, "maximum number of new tokens of a text", at_least=1)
+    max_new_tokens: int = option(NEW_TOKENS, "maximum number of new tokens of a text", at_least=1)
     temperature: float = option(
         0.0, "divides the logits before sampling; 0 chooses the most likely token", at_least=0
     )

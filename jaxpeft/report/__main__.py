@@ -26,11 +26,17 @@ _log = logging.getLogger(__name__)
 class ReportArguments(Arguments):
     """The arguments of `report`."""
 
-    run: str | None = option(None, "folder of a run of `python -m jaxpeft.train`")
+    run: str | None = option(
+        None,
+        "folder of a run of `python -m jaxpeft.train`, or of its adapter; also --adapter",
+        also=("adapter",),
+    )
     evaluation: tuple[str, ...] = option(
         (), "files that `python -m jaxpeft.evaluate --json` wrote, to show their metrics"
     )
-    out: str | None = option(None, "file to write; default report.html in the folder of the run")
+    output: str | None = option(
+        None, "file to write; default report.html in the folder of the run", also=("out",)
+    )
 
 
 ARGUMENTS = ReportArguments
@@ -47,10 +53,11 @@ def _run(args: ReportArguments) -> int:
     from jaxpeft.report import evaluation_file, run_folder, run_page
     from jaxpeft.report.evaluation_section import section_of
 
-    out = Path(args.out or Path(args.run) / "report.html")
-    if problem := file_problem("--out", str(out)):
+    folder = run_folder.find(Path(args.run))
+    out = Path(args.output or folder / "report.html")
+    if problem := file_problem("--output", str(out)):
         raise ConfigError(problem)
-    run = run_folder.read(Path(args.run))
+    run = run_folder.read(folder)
     sections = [section_of(run, evaluation_file.read(Path(file))) for file in args.evaluation]
     for one in sections:
         if one.other_run:

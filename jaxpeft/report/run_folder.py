@@ -147,6 +147,12 @@ class RunFolder:
         return file if file.is_file() else None
 
 
+def find(folder: Path) -> Path:
+    """Return the folder of a run, from that folder or from that of its adapter."""
+    own = folder / records.CONFIG
+    return folder.parent if folder.name == "adapter" and not own.is_file() else folder
+
+
 def read(folder: Path) -> RunFolder:
     """Read the folder of a run.
 

@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 
 from jaxpeft.command.parser import Arguments, ConfigArguments, argument_docs, read_arguments
+from jaxpeft.command.verbs import command_line
 from jaxpeft.core.options import option
 from jaxpeft.errors import ConfigError
 
@@ -121,3 +122,31 @@ def test_help_names_what_is_the_command_s_own_first() -> None:
         "traceback",
         "schema",
     ]
+
+
+@pytest.mark.parametrize(
+    ("verb", "field", "flags"),
+    [
+        ("generate", "output", ("--output",)),
+        ("generate", "model", ("--model", "--base")),
+        ("evaluate", "output", ("--output", "--json")),
+        ("evaluate", "model", ("--model", "--base")),
+        ("report", "output", ("--output", "--out")),
+        ("report", "run", ("--run", "--adapter")),
+        ("export", "output", ("--output", "--out")),
+        ("export", "base", ("--base",)),
+        ("export", "model", ("--model",)),
+    ],
+)
+def test_commands_share_the_names_of_their_flags(
+    verb: str, field: str, flags: tuple[str, ...]
+) -> None:
+    for name in flags:
+        given, _ = read_arguments(command_line(verb).ARGUMENTS, [f"{name}=x"])
+        assert getattr(given, field) == "x"
+
+
+def test_help_says_how_lists_are_separated() -> None:
+    docs = {one.name: one for one in argument_docs(command_line("evaluate").ARGUMENTS)}
+    assert docs["metrics"].doc.endswith("; comma separated")
+    assert "comma separated" not in docs["output"].doc

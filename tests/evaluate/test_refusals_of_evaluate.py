@@ -37,11 +37,11 @@ def test_code_runs_only_if_it_is_allowed(capsys):
 
 def test_an_output_in_an_absent_folder_is_refused_first(capsys):
     words = ["--adapter=a", "--data=x.jsonl", "--json=nowhere/out.json"]
-    assert "--json nowhere/out.json: " in (shown := refusal(words, capsys))
+    assert "--output nowhere/out.json: " in (shown := refusal(words, capsys))
     assert "/nowhere is not a folder; create it" in shown
     words = ["--adapter=x", "--data=y", "--json=.", f"--plot={Path(__file__)}"]
     shown = refusal(words, capsys)
-    assert "--json .: is a folder; give the name of a file" in shown
+    assert "--output .: is a folder; give the name of a file" in shown
     assert f"--plot {Path(__file__)}: is a file; choose a new folder" in shown
 
 

@@ -39,7 +39,7 @@ def adapter(reference: Callable[..., Any], tmp_path: Path) -> Path:
                 "3 problems",
                 "--adapter: is required",
                 "--to: is required",
-                "--out: is required; see --help",
+                "--output: is required; see --help",
             ),
         ),
         (
@@ -82,7 +82,7 @@ def test_help_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--help"]) == 0
     shown = capsys.readouterr().out
     for text in (
-        "--adapter DIR --to FORMAT --out DIR",
+        "--adapter DIR --to FORMAT --output DIR",
         "--base:",
         "--dtype:",
         "--pooling:",

@@ -116,9 +116,12 @@ def test_a_merged_model_serves_the_adapter(tuned, tmp_path):
         (["--verify=http://h"], ["--adapter: is required with --verify", "--model: is required"]),
         (
             ["--verify=http://h", "--adapter=a", "--model=m", "--to=peft", "--out=b"],
-            ["--to: cannot be used with --verify", "--out: cannot be used with --verify"],
+            ["--to: cannot be used with --verify", "--output: cannot be used with --verify"],
         ),
-        (["--adapter=a", "--to=peft", "--out=b", "--model=m"], ["--model: needs --verify"]),
+        (
+            ["--adapter=a", "--to=peft", "--out=b", "--base=m", "--model=m"],
+            ["--model: is the base, as --base is; give only one of them"],
+        ),
         (["--verify=h:1", "--adapter=a", "--model=m"], ["--verify: must be the address"]),
         (["--verify=http://h", "--timeout=0"], ["--timeout: must be above 0"]),
     ],

@@ -203,7 +203,7 @@ def test_folders_that_are_no_runs_are_refused(
     gone, empty, comparison = (tmp_path / name for name in ("gone", "empty", "comparison"))
     empty.mkdir()
     comparison.mkdir()
-    assert f"--out {gone}/report.html: {gone} is not a folder" in refused(
+    assert f"--output {gone}/report.html: {gone} is not a folder" in refused(
         capsys, "--run", str(gone)
     )
     out = ("--out", str(tmp_path / "page.html"))
@@ -218,7 +218,7 @@ def test_folders_that_are_no_runs_are_refused(
     assert "is the folder of a comparison, whose page is comparison.html" in refused(
         capsys, "--run", str(comparison)
     )
-    assert f"--out {empty}: is a folder" in refused(
+    assert f"--output {empty}: is a folder" in refused(
         capsys, "--run", str(comparison), "--out", str(empty)
     )
 
