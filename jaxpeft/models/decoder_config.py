@@ -244,6 +244,11 @@ def flag(name: str) -> Callable[[ConfigReader], bool]:
     return lambda reader: reader.flag(name)
 
 
+def positive(name: str) -> Callable[[ConfigReader], float]:
+    """Return the part that is a positive number of `config.json`."""
+    return lambda reader: reader.positive(name, reader.get(name))
+
+
 def maybe_number(name: str) -> Callable[[ConfigReader], float | None]:
     """Return the part that is a positive number of `config.json`, or null."""
 

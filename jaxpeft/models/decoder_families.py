@@ -34,6 +34,7 @@ from jaxpeft.models.decoder_config import (
     full_every,
     maybe_number,
     named_types,
+    positive,
     upper_sliding,
 )
 from jaxpeft.models.rope import NO_ROPE, RopeSwitches
@@ -111,7 +112,7 @@ def _gemma_activation(reader: ConfigReader) -> str:
 
 
 def _query_scale(reader: ConfigReader) -> float:
-    return reader.positive("query_pre_attn_scalar", reader.get("query_pre_attn_scalar")) ** -0.5
+    return positive("query_pre_attn_scalar")(reader) ** -0.5
 
 
 _CAUSAL_ONLY = {"use_bidirectional_attention": "decoders attend to earlier positions only"}
@@ -238,12 +239,10 @@ GRANITE = DecoderFamily(
     parts={
         **_ATTENTION_BIAS,
         "mlp_bias": flag("mlp_bias"),
-        "input_scale": maybe_number("embedding_multiplier"),
-        "residual_scale": maybe_number("residual_multiplier"),
-        "attention_scale": maybe_number("attention_multiplier"),
-        "logits_scale": lambda reader: (
-            1 / reader.positive("logits_scaling", reader.get("logits_scaling"))
-        ),
+        "input_scale": positive("embedding_multiplier"),
+        "residual_scale": positive("residual_multiplier"),
+        "attention_scale": positive("attention_multiplier"),
+        "logits_scale": lambda reader: 1 / positive("logits_scaling")(reader),
     },
 )
 OLMO2 = DecoderFamily(

@@ -149,8 +149,9 @@ class RunFolder:
 
 def find(folder: Path) -> Path:
     """Return the folder of a run, from that folder or from that of its adapter."""
-    own = folder / records.CONFIG
-    return folder.parent if folder.name == "adapter" and not own.is_file() else folder
+    if (folder / records.RUN).is_file() or not (folder.parent / records.RUN).is_file():
+        return folder
+    return folder.parent
 
 
 def read(folder: Path) -> RunFolder:

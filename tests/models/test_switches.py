@@ -138,6 +138,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [2.0] * 4}},
         "rope_scaling: short_factor: must be a list of 4 numbers, is [1.0]",
     ),
+    (
+        "granite",
+        {"residual_multiplier": None},
+        "residual_multiplier: must be a positive number, is None",
+    ),
     ("granite", {"logits_scaling": 0}, "logits_scaling: must be a positive number, is 0"),
     (
         "smollm3",
