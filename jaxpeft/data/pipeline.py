@@ -19,7 +19,7 @@ from jaxpeft.data.tokens.row_encoder import RowEncoder, describe, one_length, pa
 from jaxpeft.data.tokens.token_arrays import Encoded
 from jaxpeft.errors import ConfigError, DataError, shorten
 from jaxpeft.hub import sources
-from jaxpeft.json_files import read_json
+from jaxpeft.hub.text_config import read_model_config
 from jaxpeft.logs import log_time
 
 _log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def read_splits(
         DataError: rows cannot be used.
     """
     file = source.folder / "config.json"
-    vocab = read_json(file).get("vocab_size")
+    vocab = read_model_config(source.folder).get("vocab_size")
     if not isinstance(vocab, int) or isinstance(vocab, bool) or vocab < 1:
         raise ConfigError(
             f"{file}: vocab_size must be a positive integer, but is {shorten(repr(vocab))}"

@@ -30,7 +30,7 @@ import numpy as np
 
 from jaxpeft import forward, models
 from jaxpeft.errors import DataError
-from jaxpeft.json_files import read_json
+from jaxpeft.hub.text_config import read_model_config
 from jaxpeft.models.base import Pretrained
 from jaxpeft.sharding.logical_axes import mesh_under, on_mesh
 
@@ -69,7 +69,7 @@ def backbone_of(model: Pretrained, params: Mapping[str, Any]) -> tuple[Pretraine
     Returns:
         `(model, params)` that compute hidden states `[batch, length, d]`.
     """
-    config = read_json(model.source.folder / "config.json")
+    config = read_model_config(model.source.folder)
     options = dataclasses.replace(
         model.options, task="encoder", num_labels=None, pooling=None, remat="none"
     )

@@ -35,6 +35,7 @@ from jaxpeft.kernels import QUANTIZED
 from jaxpeft.methods import MARKERS
 from jaxpeft.models import FAMILIES
 from jaxpeft.models.base import Pretrained
+from jaxpeft.models.composite import COMPOSITE
 from jaxpeft.quant.quantize import Quant
 
 HEADS = {
@@ -55,7 +56,14 @@ _TOKENIZER = (
     "sentencepiece*",
     "additional_chat_templates/*",
 )
-_NOT_MERGED = ("torch_dtype", "num_labels", "_name_or_path", "quantization_config", "problem_type")
+_NOT_MERGED = (
+    "torch_dtype",
+    "num_labels",
+    "_name_or_path",
+    "quantization_config",
+    "problem_type",
+    COMPOSITE,
+)
 GENERATION = "generation_config.json"
 _TEXT = (".json", ".txt", ".model", ".jinja")
 

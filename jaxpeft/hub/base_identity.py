@@ -19,6 +19,7 @@ from jaxpeft import models
 from jaxpeft.core import paths
 from jaxpeft.errors import show
 from jaxpeft.hub.sources import Source, file_sha256
+from jaxpeft.hub.text_config import read_model_config
 from jaxpeft.hub.weights import digests
 from jaxpeft.hub.weights.leaf_tensors import plain_name
 from jaxpeft.hub.weights.safetensors_files import open_folder
@@ -39,7 +40,8 @@ def architecture(source: Source) -> dict[str, Any]:
 
 def _architecture(source: Source) -> Any:
     file = source.folder / "config.json"
-    return models.build(read_json(file), ModelOptions("encoder", None, None), str(file)).config
+    options = ModelOptions("encoder", None, None)
+    return models.build(read_model_config(source.folder), options, str(file)).config
 
 
 def _plain(value: Any) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def fingerprint(
     """
     if source.sha256 is not None:
         return source.sha256
-    family = models.FAMILIES[read_json(source.folder / "config.json")["model_type"]]
+    family = models.FAMILIES[read_model_config(source.folder)["model_type"]]
     tied = bool(architecture(source).get("tie_word_embeddings"))
     own = [
         f"{name} {found}"

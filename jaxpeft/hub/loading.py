@@ -24,9 +24,9 @@ from jaxpeft.errors import ConfigError
 from jaxpeft.hub import fetching, merge_record, sources
 from jaxpeft.hub.checkpoints import Checkpoint, SafetensorsCheckpoint
 from jaxpeft.hub.model_request import ModelRequest
+from jaxpeft.hub.text_config import read_model_config
 from jaxpeft.hub.weights import leaf_tensors, quantized_cache, shards
 from jaxpeft.hub.weights.safetensors_files import Meter
-from jaxpeft.json_files import read_json
 from jaxpeft.models.base import ModelOptions, Pretrained, abstract_params
 from jaxpeft.quant.quantize import Quant
 from jaxpeft.sharding.layout import Layout, by_path, layout, log_dropped
@@ -243,9 +243,7 @@ def outline(
     """
     logs.show()
     source = sources.resolve(path_or_hub_id, revision)
-    return outline_of(
-        request, SafetensorsCheckpoint.open(source, read_json(source.folder / "config.json"))
-    )
+    return outline_of(request, SafetensorsCheckpoint.open(source, read_model_config(source.folder)))
 
 
 def outline_of(request: ModelRequest, checkpoint: Checkpoint) -> Outline:

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpeft.errors import ConfigError, DataError, show
+from jaxpeft.hub.text_config import read_model_config
 from jaxpeft.inference.decoding import NO_TOKEN, State, programs
 from jaxpeft.inference.sampling import Sampling, number
 from jaxpeft.inputs import require_adapter, require_tree
@@ -338,9 +339,11 @@ def _recorded_ends(model: Pretrained) -> frozenset[int]:
     """Return the tokens that end a text according to the model's files."""
     if model.source is None:
         return frozenset()
-    for name in ("generation_config.json", "config.json"):
-        file = model.source.folder / name
-        found = read_json(file).get("eos_token_id") if file.is_file() else None
+    folder = model.source.folder
+    file = folder / "generation_config.json"
+    own = read_json(file) if file.is_file() else {}
+    for config in (own, read_model_config(folder)):
+        found = config.get("eos_token_id")
         if found is not None:
             return frozenset([found] if isinstance(found, int) else found)
     return frozenset()

@@ -9,6 +9,7 @@ from typing import Any
 from jaxpeft.errors import ConfigError, show
 from jaxpeft.models import deberta, decoder, encoder, modernbert
 from jaxpeft.models.base import Family, ModelOptions, Pretrained
+from jaxpeft.models.composite import TEXT_MODELS, text_config
 
 _ALL: tuple[Family, ...] = (
     decoder.FAMILY,
@@ -37,13 +38,15 @@ def build(
         ConfigError: The architecture, one of its switches or the task is not supported; it lists
             all problems.
     """
+    config = text_config(config)
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         # the nearest is no suggestion to edit the file: its weights would be misinterpreted
-        near = difflib.get_close_matches(kind, FAMILIES, 1, 0.5) if isinstance(kind, str) else []
+        known = (*FAMILIES, *TEXT_MODELS)
+        near = difflib.get_close_matches(kind, known, 1, 0.5) if isinstance(kind, str) else []
         nearest = f", the nearest of which is {near[0]}" if near else ""
         raise ConfigError(
             f"{where}: model_type {show(kind)} is not supported (supported:"
-            f" {', '.join(FAMILIES)}); use a model of one of these{nearest}"
+            f" {', '.join(known)}); use a model of one of these{nearest}"
         )
     return FAMILIES[kind].build(config, options, where)

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.models import rope
+from jaxpeft.models import composite, rope
 from jaxpeft.models.base import (
     Family,
     ModelOptions,
@@ -243,7 +243,8 @@ FAMILY = Family(
     model_types=tuple(DECODER_FAMILIES),
     build=build,
     prefix="model",
-    ignored=(r".*rotary_emb\.inv_freq",),
+    ignored=(r".*rotary_emb\.inv_freq", *composite.OTHERS),
+    renamed=composite.RENAMED,
     optional=(r"lm_head\..*",),
     embedding="embed_tokens.weight",
 )

@@ -23,8 +23,10 @@ from jaxpeft.errors import ConfigError, nearest
 from jaxpeft.hub import sources
 from jaxpeft.hub.checkpoints import DescribedCheckpoint
 from jaxpeft.hub.loading import Outline, outline_of
+from jaxpeft.hub.text_config import read_model_config
 from jaxpeft.json_files import read_json
 from jaxpeft.models.base import Pretrained
+from jaxpeft.models.composite import text_config
 from jaxpeft.plan.shapes import SHAPES
 from jaxpeft.train import optimizers
 from jaxpeft.train.from_config import abstract_rewrite, model_request, training_loss
@@ -109,11 +111,11 @@ def model_config(path: str, revision: str | None, named: str | None) -> dict[str
                 f"--model-config: {named!r} is neither a file nor a known"
                 f" shape{nearest(named, SHAPES)} (known: {', '.join(SHAPES)})"
             )
-        return read_json(file)
+        return text_config(read_json(file))
     folder = Path(path).expanduser()
     if folder.is_dir() or path.startswith("package:"):
-        return read_json(sources.resolve(path, revision).folder / "config.json")
-    return read_json(_from_hub(path, revision))
+        return read_model_config(sources.resolve(path, revision).folder)
+    return text_config(read_json(_from_hub(path, revision)))
 
 
 def _from_hub(name: str, revision: str | None) -> Path:

@@ -22,7 +22,7 @@ from jaxpeft.errors import ConfigError, nearest
 from jaxpeft.evaluation.metrics import figures_of
 from jaxpeft.hub import fetching, sources
 from jaxpeft.hub.base_identity import architecture, fingerprint, weight_files
-from jaxpeft.json_files import read_json
+from jaxpeft.hub.text_config import read_model_config
 from jaxpeft.models.base import Pretrained
 from jaxpeft.processes.arrays import check_processes
 from jaxpeft.processes.peers import ALONE, Peers
@@ -180,7 +180,7 @@ def _run_data(config: Config, splits: Splits, batches: data.Batches | Stream) ->
 
 def _mesh(config: Config, source: sources.Source) -> Mesh:
     """Make the mesh, and check it against the model's heads, the processes and offloading."""
-    mesh = make_mesh(config, heads=heads_of(read_json(source.folder / "config.json")))
+    mesh = make_mesh(config, heads=heads_of(read_model_config(source.folder)))
     check_processes(mesh)
     fetching.require_host_memory(config.mesh, mesh)
     return mesh

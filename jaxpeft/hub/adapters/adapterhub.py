@@ -28,6 +28,7 @@ from jaxpeft.core import paths, targets
 from jaxpeft.errors import AdapterError
 from jaxpeft.hub.adapters.folder_layout import CONFIG, EXTRA, Content, FolderLayout
 from jaxpeft.hub.adapters.peft_config import COMMON
+from jaxpeft.hub.text_config import read_model_config
 from jaxpeft.hub.weights.safetensors_files import read_header
 from jaxpeft.json_files import read_json
 from jaxpeft.models.base import Pretrained
@@ -180,7 +181,7 @@ def _model_type(model: Pretrained) -> str | None:
     """Return the `model_type` of a model's `config.json`; None for a decoder without a file."""
     kind = getattr(model.config, "kind", None)
     if kind is None and model.source is not None:
-        kind = read_json(model.source.folder / "config.json").get("model_type")
+        kind = read_model_config(model.source.folder).get("model_type")
     return kind
 
 

@@ -7,14 +7,16 @@ Each method names its layout.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxpeft.hub.text_config import is_composite
 from jaxpeft.hub.weights.safetensors_files import read_header
 from jaxpeft.json_files import read_json
 from jaxpeft.models.base import Pretrained
+from jaxpeft.models.composite import composite_name, plain_names
 
 CONFIG, EXTRA = "adapter_config.json", "jaxpeft.json"
 
@@ -67,7 +69,14 @@ class FolderLayout:
         Raises:
             AdapterError: Part of it cannot be stored in these files.
         """
-        return {CONFIG: content.config, self.weights: content.tensors}
+        config, tensors = content.config, content.tensors
+        if is_composite(content.model):
+            # peft adapts the whole checkpoint, whose other models have modules of the same names
+            if config.get("target_modules"):
+                own = sorted(map(composite_name, content.sites))
+                config = {**config, "target_modules": own, **_NO_SELECTION}
+            tensors = {_in_file(name, composite_name): t for name, t in tensors.items()}
+        return {CONFIG: config, self.weights: tensors}
 
     def read(
         self, folder: Path, model: Pretrained, params: Mapping[str, Any]
@@ -88,4 +97,21 @@ class FolderLayout:
             WeightsError: A file is missing or broken.
         """
         del model, params
-        return read_json(folder / CONFIG), dict(read_header(folder / self.weights))
+        config, header = read_json(folder / CONFIG), read_header(folder / self.weights)
+        targets = config.get("target_modules")
+        if isinstance(targets, list):
+            config["target_modules"] = [
+                plain_names(name) if isinstance(name, str) else name for name in targets
+            ]
+        return config, {_in_file(name, plain_names): t for name, t in header.items()}
+
+
+_PREFIX = "base_model.model."
+_NO_SELECTION = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+
+
+def _in_file(name: str, rename: Callable[[str], str]) -> str:
+    """Return the name of a tensor in a file, with its module renamed."""
+    if not name.startswith(_PREFIX):
+        return name
+    return _PREFIX + rename(name.removeprefix(_PREFIX))

@@ -1,0 +1,152 @@
+"""The text model of a checkpoint that also has a vision tower, and its adapters."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import jaxpeft
+from jaxpeft.export.export import ExportRequest, export
+from jaxpeft.models.composite import composite_name, plain_names
+from tests.export.making import assert_close, ours, theirs
+from tests.hub.helpers import torch_base, trained
+from tests.models.conftest import tiny_config
+
+CAUSAL = "causal_lm"
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
+)
+VISION: dict[str, dict[str, Any]] = {
+    "gemma3": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    "mistral3": {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+}
+TEXT = {"gemma3": "gemma3_text", "mistral3": "ministral3"}
+Make = Callable[[str], tuple[Path, Any]]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Save a tiny checkpoint of a vision tower and a decoder; return its folder and torch model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    def made(kind: str) -> tuple[Path, Any]:
+        config = AutoConfig.for_model(
+            kind,
+            text_config=tiny_config(TEXT[kind]),
+            vision_config=VISION[kind],
+            tie_word_embeddings=kind == "gemma3",
+            image_token_index=4,
+            image_token_id=4,
+        )
+        torch.manual_seed(0)
+        model = AutoModelForImageTextToText.from_config(config).eval()
+        with torch.no_grad():
+            for leaf in model.parameters():
+                leaf.add_(0.1 * torch.randn_like(leaf))
+        folder = tmp_path_factory.mktemp(kind)
+        model.save_pretrained(folder)
+        return folder, model
+
+    return made
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return jaxpeft.load(folder, task=CAUSAL, dtype="float32", **options)
+
+
+@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("kind", TEXT)
+@pytest.mark.representatives("gemma3-scanned")
+def test_its_text_model_gives_the_logits_of_transformers(make: Make, kind: str, scan: bool) -> None:
+    folder, torch_model = make(kind)
+    model, params = load(folder, scan_layers=scan)
+    assert set(params) <= {"model", "lm_head"}
+    assert_close(ours(model, params), theirs(CAUSAL, torch_model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TEXT)
+def test_both_names_of_tensors_are_read(make: Make, tmp_path: Path, kind: str) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder, torch_model = make(kind)
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    tensors = load_file(folder / "model.safetensors")
+    wanted = theirs(CAUSAL, torch_model)
+    for rename in (lambda name: f"language_model.{name}", composite_name):
+        renamed = {
+            name if "vision" in name or "projector" in name else rename(plain_names(name)): tensor
+            for name, tensor in tensors.items()
+        }
+        save_file(renamed, tmp_path / "model.safetensors")
+        assert_close(ours(*load(tmp_path)), wanted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+@pytest.mark.parametrize("kind", TEXT)
+def test_peft_adapts_the_whole_checkpoint_as_jaxpeft_its_text_model(
+    make: Make, tmp_path: Path, kind: str, method: str
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    folder, _ = make(kind)
+    model, base = load(folder)
+    own: Any = (
+        jaxpeft.LoRA(rank=4, targets=("q_proj", "down_proj"))
+        if method == "lora"
+        else jaxpeft.PrefixTuning(num_virtual_tokens=3)
+    )
+    params = trained(own, jaxpeft.rewrite(own, base, jax.random.key(0)))
+    jaxpeft.save_adapter(tmp_path / "a", own, params, model)
+    assert np.abs(ours(model, params) - ours(model, base)).max() > 0.01
+    if method == "lora":
+        config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+        assert all(
+            name.startswith("model.language_model.layers.") for name in config["target_modules"]
+        )
+        whole = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        adapted = PeftModel.from_pretrained(whole, tmp_path / "a").eval()
+        assert_close(theirs(CAUSAL, adapted), ours(model, params))
+    again, loaded = jaxpeft.load_adapter(tmp_path / "a", model, base)
+    assert_close(ours(model, loaded), ours(model, params), 1e-6)
+    assert again.name == own.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TEXT)
+def test_a_merged_model_is_the_text_model_alone(make: Make, tmp_path: Path, kind: str) -> None:
+    folder, _ = make(kind)
+    model, base = load(folder)
+    method = jaxpeft.LoRA(rank=4, targets="all-linear")
+    params = trained(method, jaxpeft.rewrite(method, base, jax.random.key(0)))
+    jaxpeft.save_adapter(tmp_path / "a", method, params, model)
+    export(ExportRequest(tmp_path / "a", "merged", tmp_path / "merged"))
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["model_type"] == TEXT[kind]
+    assert_close(theirs(CAUSAL, torch_base(tmp_path / "merged", CAUSAL)), ours(model, params))
