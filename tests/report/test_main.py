@@ -223,6 +223,13 @@ def test_folders_that_are_no_runs_are_refused(
     )
 
 
+def test_the_folder_of_the_adapter_stands_for_its_run(write_run: WriteRun) -> None:
+    run = write_run()
+    (run / "adapter").mkdir()
+    assert main(["--adapter", str(run / "adapter")]) == 0
+    assert (run / "report.html").is_file()
+
+
 def test_a_missing_evaluation_is_named(
     write_run: WriteRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
