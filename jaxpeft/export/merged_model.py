@@ -331,7 +331,7 @@ def write(
     size, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder).free
     if size > free:
         raise ConfigError(
-            f"--out: {folder.parent} needs {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free"
+            f"--output: {folder.parent} needs {size / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free"
         )
     files = safetensors_writing.write_model(folder, tensors, shard_bytes)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
