@@ -32,7 +32,7 @@ _KEYS, _WORDS = (
     ("k_proj", "key", "k_lin"),
     ("embed_tokens", "word_embeddings", "tok_embeddings", "wte"),
 )
-_JOINT = {"qkv_proj": "o_proj", "Wqkv": "Wo"}
+_JOINT = {"qkv_proj": "o_proj"}
 """Projections to queries, keys and values together, with the projection after attention."""
 
 
