@@ -233,7 +233,7 @@ def test_wrong_arguments_and_switches_are_listed_together(bert, tmp_path):
             lambda c: c.update(model_type="bort"),
             (
                 r"model_type 'bort' is not supported \(supported: llama, .*\); use a model of one"
-                r" of these$"
+                r" of these, the nearest of which is bert$"
             ),
         ),
         (
