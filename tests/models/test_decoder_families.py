@@ -114,5 +114,16 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 @pytest.mark.parametrize(
     ("kind", "switches"), [pytest.param(k, s, id=f"{k}-{n}") for k, n, s in CASES]
 )
+@pytest.mark.representatives(
+    "llama-yarn",
+    "gemma2-small-caps",
+    "gemma3_text-two-bases",
+    "phi3-longrope-long",
+    "ministral3-plain",
+    "glm4-plain",
+    "granite-multipliers",
+    "olmo3-yarn",
+    "smollm3-window",
+)
 def test_a_causal_language_model_with_a_switch(parity, kind, switches):
     parity(kind, "causal_lm", **switches)
