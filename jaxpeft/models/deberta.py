@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from jaxpeft.errors import DataError
 from jaxpeft.models import disentangled
 from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.attention import attend, by_heads
@@ -261,11 +260,7 @@ class DebertaBackbone(Pretrained):
         """
         c, options = self.config, self.options
         batch, length = input_ids.shape
-        if virtual.prompted and segment_ids is not None:
-            raise DataError(
-                "segment_ids: a prompt attends to all tokens of a row, so rows cannot be packed;"
-                " disable packing"
-            )
+        virtual.require_unpacked(segment_ids)
         if c.absolute and position_ids is None and segment_ids is None:
             c.check_length(length, virtual.count)
         where = positions(segment_ids, batch, length) if position_ids is None else position_ids

@@ -221,14 +221,14 @@ class Block(nn.Module):
             apart = queries[:, None, :, None] - places[:, None, None, :]
             mask = mask.restrict((apart < own.window) | (own.window == 0))
         names = c.norms
-        h = self._before(names.before_attention, x)
+        h = self._normalize(names.before_attention, x)
         finish = partial(self._finish, names.after_attention)
         x = Attention(c, options, name="self_attn")(h, x, finish, own, rotation, mask)
-        h = self._before(names.before_mlp, x)
+        h = self._normalize(names.before_mlp, x)
         finish = partial(self._finish, names.after_mlp)
         return FeedForward(c, options, name="mlp")(h, x, finish), None
 
-    def _before(self, name: str, x: Array) -> Array:
+    def _normalize(self, name: str, x: Array) -> Array:
         c = self.config
         return (
             RMSNorm(c.rms_norm_eps, self.options.dtype, c.norm_offset, name=name)(x) if name else x
@@ -237,5 +237,5 @@ class Block(nn.Module):
     def _finish(self, name: str, h: Array) -> Array:
         """Return the output of attention or feed-forward as it is added to the residual stream."""
         c = self.config
-        h = dropout(self, c.residual_dropout, self._before(name, h))
+        h = dropout(self, c.residual_dropout, self._normalize(name, h))
         return h if c.residual_scale == 1 else scaled(h, c.residual_scale)

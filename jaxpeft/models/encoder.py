@@ -14,7 +14,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.errors import DataError
 from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.base import Family, ModelOptions, Pretrained, option_problems, with_pooling
 from jaxpeft.models.encoder_config import STYLES, TASKS, EncoderConfig, read_config
@@ -84,11 +83,7 @@ class EncoderBackbone(Pretrained):
                 c.check_length(length, virtual.count)
             counted = positions(segment_ids, batch, length)
             where = _offset(c, input_ids, counted, segment_ids, by_token=not virtual.prompted)
-        if virtual.prompted and segment_ids is not None:
-            raise DataError(
-                "segment_ids: a prompt attends to all tokens of a row, so rows cannot be packed;"
-                " disable packing"
-            )
+        virtual.require_unpacked(segment_ids)
         where = _shift_positions(c, virtual, where)
         x = Embeddings(c, options, name="embeddings")(input_ids, token_type_ids, where, virtual)
         if c.style.projection and c.embedding_size != c.hidden_size:

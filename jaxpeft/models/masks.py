@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.errors import DataError
 from jaxpeft.models.kv_cache import Cache, sow_keys, visible
 from jaxpeft.sharding.logical_axes import BATCH, LENGTH, constrain
 
@@ -124,6 +125,18 @@ class Virtual:
     def prompted(self) -> int:
         """The number of virtual positions that run through the layers."""
         return 0 if self.prompt is None else self.prompt.shape[-2]
+
+    def require_unpacked(self, segment_ids: Array | None) -> None:
+        """Reject a prompt that attends to later tokens in packed rows.
+
+        Raises:
+            DataError: There are both.
+        """
+        if self.prompted and segment_ids is not None:
+            raise DataError(
+                "segment_ids: a prompt attends to all tokens of a row, so rows cannot be packed;"
+                " disable packing"
+            )
 
     def after_prompt(self) -> Virtual:
         """Return the virtual positions of a later call, with the keys of the prompt in a cache."""

@@ -21,7 +21,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.errors import DataError
 from jaxpeft.models import rope
 from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.attention import attend, by_heads
@@ -142,11 +141,7 @@ class ModernBertBackbone(Pretrained):
         del token_type_ids
         c, options = self.config, self.options
         batch, length = input_ids.shape
-        if virtual.prompted and segment_ids is not None:
-            raise DataError(
-                "segment_ids: a prompt attends to all tokens of a row, so rows cannot be packed;"
-                " disable packing"
-            )
+        virtual.require_unpacked(segment_ids)
         where = positions(segment_ids, batch, length) if position_ids is None else position_ids
         where = virtual.positions(where)
         x = _Embeddings(c, options, name="embeddings")(input_ids, virtual)
