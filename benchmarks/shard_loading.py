@@ -184,7 +184,7 @@ def places(leaves: Any, way: str) -> Any:
     mesh = Mesh(np.asarray(jax.devices()), "x")
 
     def one(path: tuple[str, ...], leaf: Any) -> NamedSharding:
-        layers = int(paths.layer_axis(path) is not None)
+        layers = len(paths.stacks(path))
         if len(leaf.shape) - layers < 2:
             return NamedSharding(mesh, PartitionSpec())
         rows, columns = (-1, -2) if path[-1] == "kernel" else (-2, -1)

@@ -372,12 +372,15 @@ def random_model(options: Any) -> tuple[Any, Any]:
         elif site is None or quant is None:
             items.append((path, normal(leaf.shape, i)))
         else:
-            count = leaf.shape[0] if site.layers else 1
-            layers = [partial(normal, leaf.shape[-2:], 1000 * n + i) for n in range(count)]
-            items += [
-                ((*path[:-1], name), made)
-                for name, made in quant.store_layers(layers, bool(site.layers)).items()
-            ]
+
+            def one(index: tuple[int, ...], leaf: Any = leaf, i: int = i) -> Any:
+                number = 0
+                for n, size in zip(index, leaf.shape, strict=False):
+                    number = number * size + n
+                return normal(leaf.shape[-2:], 1000 * number + i)
+
+            stored = quant.store_layers(one, site.layers)
+            items += [((*path[:-1], name), made) for name, made in stored.items()]
     return model, paths.build(items)
 
 

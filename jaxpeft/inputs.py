@@ -207,9 +207,7 @@ def require_adapter(params: Mapping[str, Any], adapter: Any | None) -> None:
             f" {show(adapter)}"
         )
     marked = ((path, leaf) for path, leaf in paths.walk(params) if path[-1] in MARKERS)
-    count = next(
-        (leaf.shape[int(paths.layer_axis(path) is not None)] for path, leaf in marked), None
-    )
+    count = next((leaf.shape[len(paths.stacks(path))] for path, leaf in marked), None)
     _require_within("adapter", numbers, count, f"the stack of {count} adapters")
 
 

@@ -93,7 +93,7 @@ def pick(
 def _layer_axes(path: Path, sites: Sequence[Site] | None) -> int:
     """Return the number of layer axes of a leaf."""
     if sites is None:
-        return int(paths.layer_axis(path) is not None)
+        return len(paths.stacks(path))
     return next((len(site.layers) for site in sites if site.path == path[:-1]), 0)
 
 

@@ -2,11 +2,12 @@
 
 A path is a tuple of dict keys, `("model", "layers", "self_attn", "q_proj", "kernel")`. If the
 component `layers` (or `layer`) is not followed by a number, the leaves below it are stacked: their
-leading axis is the layer.
+leading axis is the layer. So are the leaves below `experts`: their next axis is the expert.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ Tree = dict[str, Any]
 Path = tuple[str, ...]
 
 LAYER_CONTAINERS = frozenset({"layers", "layer", "h", "block", "blocks"})
+EXPERTS = "experts"
 _TORCH_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 
 
@@ -69,25 +71,41 @@ def layers_at(path: Path) -> int | None:
     return next((i for i, key in enumerate(path[:-1]) if key in LAYER_CONTAINERS), None)
 
 
-def layer_axis(path: Path) -> int | None:
-    """Return the index in `path` of the stacked layer container, or None for unstacked leaves."""
+def stacks(path: Path) -> tuple[int, ...]:
+    """Return the indices in `path` of the containers whose items are stacked: layers, experts."""
     at = layers_at(path)
-    return None if at is None or path[at + 1].isdigit() else at
+    found = () if at is None or path[at + 1].isdigit() else (at,)
+    return (*found, *(i for i, key in enumerate(path[:-1]) if key == EXPERTS))
 
 
-def hf_names(path: Path, layers: int | None) -> tuple[str, ...]:
-    """Return the Hugging Face names of a module or leaf: one, or one per layer if it is stacked.
+def stack_shape(path: Path, leaf: Any) -> tuple[int, ...]:
+    """Return the sizes of the stacked axes of a leaf, which come first; empty without any."""
+    return tuple(leaf.shape[: len(stacks(path))])
+
+
+def hf_names(path: Path, sizes: tuple[int, ...] = ()) -> tuple[str, ...]:
+    """Return the Hugging Face names of a module or leaf: one, or one per layer and expert if it is
+    stacked.
 
     Args:
         path: path of a module (`.../q_proj`) or leaf (`.../q_proj/kernel`, in torch `weight`).
-        layers: number of stacked layers; None if the path is not stacked.
+        sizes: sizes of its stacked axes.
     """
-    parts = (*path[:-1], _TORCH_LEAVES.get(path[-1], path[-1]))
-    at = layer_axis(path)
-    if at is None or layers is None:
-        return (".".join(parts),)
-    head, tail = ".".join(parts[: at + 1]), ".".join(parts[at + 1 :])
-    return tuple(f"{head}.{i}.{tail}" for i in range(layers))
+    parts = [*path[:-1], _TORCH_LEAVES.get(path[-1], path[-1])]
+    ends = [at + 1 for at in stacks(path)[: len(sizes)]]
+    pieces = [".".join(parts[i:j]) for i, j in itertools.pairwise((0, *ends, len(parts)))]
+    places = itertools.product(*(range(n) for n in sizes[: len(ends)]))
+    return tuple(
+        ".".join(itertools.chain(*zip(pieces, map(str, place), strict=False), pieces[-1:]))
+        for place in places
+    )
+
+
+def named_items(path: Path, leaf: Any) -> list[tuple[str, tuple[int, ...]]]:
+    """Return the Hugging Face name and the index of each layer and expert of a leaf."""
+    sizes = stack_shape(path, leaf)
+    places = itertools.product(*(range(n) for n in sizes))
+    return list(zip(hf_names(path, sizes), places, strict=True))
 
 
 def is_head(path: Path) -> bool:

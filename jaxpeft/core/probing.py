@@ -171,6 +171,6 @@ def _names(path: Path, layers: tuple[int, ...]) -> tuple[str, ...]:
     count = 1
     for size in layers:
         count *= size
-    if len(layers) == 1 and paths.layer_axis(path) is not None:
-        return paths.hf_names(path, count)
+    if len(layers) == len(paths.stacks(path)):
+        return paths.hf_names(path, layers)
     return tuple(".".join((*path[:1], str(i), *path[1:])) for i in range(count))

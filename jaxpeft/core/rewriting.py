@@ -182,8 +182,7 @@ def layer_of(site: Site, leaves: Leaves, i: int) -> dict[str, Any]:
     own = {
         key: kernels.fetch(leaf) for key, leaf in leaves.items() if not isinstance(leaf, Mapping)
     }
-    where = np.unravel_index(i, site.layers) if site.layers else ()
-    return {key: leaf[tuple(map(int, where))] for key, leaf in own.items()} if site.layers else own
+    return {key: leaf[site.index(i)] for key, leaf in own.items()} if site.layers else own
 
 
 def _stack_with_padding(layers: list[dict[str, jax.Array] | None]) -> dict[str, jax.Array]:
@@ -228,7 +227,7 @@ def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
         m for m in dict.fromkeys(saved) if not any(targets.is_under(name, [m]) for name in names)
     ]
     if unused:
-        stacked = any(paths.layer_axis(path) is not None for path, _ in leaves)
+        stacked = any(paths.stacks(path) for path, _ in leaves)
         hint = (
             "; the layers are stacked: to train only one, load the model with scan_layers=False"
             if stacked

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, cast
 
+import numpy as np
+
 from jaxpeft import kernels
 from jaxpeft.core import paths
 from jaxpeft.core.expressions import full_match, require_fast
@@ -34,10 +36,11 @@ class Site:
 
     Attributes:
         path: path of the module, `("model", "layers", "self_attn", "q_proj")`.
-        names: its Hugging Face names: one, or one per layer if the layers are stacked.
+        names: its Hugging Face names: one, or one per layer and expert if these are stacked.
         shape: `(in, out)` of a kernel, `(vocab, d)` of an embedding, `(d, d)` of a norm; without
             layer axes.
-        layers: sizes of the layer axes of its leaves; empty if they are not stacked.
+        layers: sizes of the stacked axes of its leaves, of layers and of experts; empty if they
+            are not stacked. Below, a layer of a site is one item of them.
         kind: `linear`, `embedding` or `norm`; the name of the module's type if no method can adapt
             it.
         order: the axes of its kernel, contracted ones first; empty if they already are.
@@ -54,6 +57,10 @@ class Site:
     def name(self) -> str:
         """The Hugging Face name of a site of one layer."""
         return self.names[0]
+
+    def index(self, i: int) -> tuple[int, ...]:
+        """Return the index of layer `i` in the stacked axes of the leaves; empty without any."""
+        return tuple(int(n) for n in np.unravel_index(i, self.layers))
 
     def one(self, i: int) -> Site:
         """Return one layer of the site as an unstacked site."""
@@ -91,10 +98,10 @@ def find_sites(params: Mapping[str, Any], kinds: Sequence[str] = ("linear",)) ->
     """
     sites: list[Site] = []
     for path, node in _modules(params):
-        layers = () if paths.layer_axis((*path, "")) is None else _leading_axes(node)
+        layers = _stack_shape(path, node)
         found = kernels.describe(node, len(layers))
         if found is not None and found[0] in kinds:
-            names = paths.hf_names(path, layers[0] if layers else None)
+            names = paths.hf_names(path, layers)
             sites.append(Site(path, names, found[1], layers, found[0]))
     return sites
 
@@ -110,8 +117,9 @@ def _modules(
             yield from _modules(cast(Mapping[str, Any], value), (*prefix, key))
 
 
-def _leading_axes(node: Mapping[str, Any]) -> tuple[int, ...]:
-    return next((leaf.shape[:1] for leaf in node.values() if not isinstance(leaf, Mapping)), ())
+def _stack_shape(path: Path, node: Mapping[str, Any]) -> tuple[int, ...]:
+    leaves = ((name, leaf) for name, leaf in node.items() if not isinstance(leaf, Mapping))
+    return next((paths.stack_shape((*path, name), leaf) for name, leaf in leaves), ())
 
 
 def resolve(
@@ -269,8 +277,7 @@ def selects_leaf(method: str, path: Path, leaf: Any, wanted: Callable[[str], boo
     Raises:
         ConfigError: Only some layers of a stacked leaf would be trained.
     """
-    layers = None if paths.layer_axis(path) is None else leaf.shape[0]
-    flags = [wanted(name) for name in paths.hf_names(path[:-1], layers)]
+    flags = [wanted(name) for name in paths.hf_names(path[:-1], paths.stack_shape(path, leaf))]
     if any(flags) and not all(flags):
         raise ConfigError(
             f"{method}: {paths.text(path)} is one stacked leaf, but only {sum(flags)} of its"

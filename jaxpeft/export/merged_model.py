@@ -11,13 +11,13 @@ import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path as FilePath
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpeft import kernels
 from jaxpeft.core import paths, targets
 from jaxpeft.core.folding import fold_site, parts_that_add
 from jaxpeft.core.method import Leaves, Method
@@ -31,12 +31,11 @@ from jaxpeft.hub.weights import safetensors_writing
 from jaxpeft.hub.weights.safetensors_files import Tensor, open_folder
 from jaxpeft.hub.weights.safetensors_writing import Readable
 from jaxpeft.json_files import read_json
-from jaxpeft.kernels import QUANTIZED
 from jaxpeft.methods import MARKERS
 from jaxpeft.models import FAMILIES
 from jaxpeft.models.base import Pretrained
 from jaxpeft.models.composite import COMPOSITE
-from jaxpeft.quant.quantize import Quant
+from jaxpeft.quant.quantize import Quant, stack_layers
 
 HEADS = {
     "causal_lm": "ForCausalLM",
@@ -167,10 +166,12 @@ def round_to_quantized(params: Tree, quant: Quant) -> None:
     Raises:
         ConfigError: A kernel does not fit the number format.
     """
-    for path in quant.sites(params):
+    for path, site in quant.sites(params).items():
         node = paths.get(params, path[:-1])
-        node["kernel"] = QUANTIZED[quant.form].read(
-            quant.store_layers([partial(node.__getitem__, "kernel")], stacked=False)
+        stored = quant.store_layers(node["kernel"].__getitem__, site.layers)
+        layers = ({key: leaf[i] for key, leaf in stored.items()} for i in np.ndindex(site.layers))
+        node["kernel"] = stack_layers(
+            [kernels.read(one, site.shape) for one in layers], site.layers
         )
 
 
@@ -237,8 +238,9 @@ def tensors_of(model: Pretrained, params: Tree, dtype: Any) -> dict[str, Readabl
         dtype: the requested dtype; None keeps each leaf's dtype in the base.
     """
     own: dict[str, Readable] = {
-        paths.hf_names(path, None)[0]: _Leaf(leaf, path[-1] == "kernel")
+        name: _Leaf(leaf[index] if index else leaf, path[-1] == "kernel")
         for path, leaf in paths.walk(params)
+        for name, index in paths.named_items(path, leaf)
     }
     pooler = {name: tensor for name, tensor in _pooler(model).items() if name not in own}
     converted = {

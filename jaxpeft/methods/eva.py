@@ -67,11 +67,7 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
         a = node[method.leaves.site[0]]
         for i, name in enumerate(site.names):
             if on[i]:
-                index = (
-                    *(np.unravel_index(i, site.layers) if site.layers else ()),
-                    slice(None),
-                    slice(0, ranks[name]),
-                )
+                index = (*site.index(i), slice(None), slice(0, ranks[name]))
                 a = a.at[index].set(found[name][1][: ranks[name]].T)
         node[method.leaves.site[0]] = a
     return ranked, rewritten

@@ -59,7 +59,7 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
             own_a, own_b = starts.largest_triples(
                 error, method.site_rank(name), method.site_scale(name)
             )
-            index = tuple(map(int, np.unravel_index(i, site.layers))) if site.layers else ()
+            index = site.index(i)
             a[*index, :, : own_a.shape[1]] = (
                 own_a  # where the kernel has fewer, the other columns start as LoRA's do
             )

@@ -65,10 +65,10 @@ def _decoded_bytes(subject: Subject, mesh: Mesh) -> int:
         jnp.dtype(subject.model.options.dtype).itemsize,
         subject.model.config.num_hidden_layers,
     )
+    # the experts of a layer are decoded together
     inner = [
-        kernels.parameters(path[-1], leaf.shape)
-        // (layers if paths.layer_axis(path) is not None else 1)
+        kernels.parameters(path[-1], leaf.shape) // (1 if path[at + 1].isdigit() else layers)
         for path, leaf in paths.walk(subject.base)
-        if paths.layers_at(path) is not None
+        if (at := paths.layers_at(path)) is not None
     ]
     return size * max(inner, default=0) // mesh.shape[TENSOR]

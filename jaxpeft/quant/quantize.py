@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpeft import kernels
 from jaxpeft.core import paths, targets
@@ -193,23 +194,21 @@ class Quant:
         )
 
     def store_layers(
-        self, layers: list[Callable[[], jax.Array]], stacked: bool
+        self, read: Callable[[tuple[int, ...]], jax.Array], layers: tuple[int, ...]
     ) -> dict[str, jax.Array]:
         """Return the leaves of a quantized kernel; layers are loaded, quantized and freed one by
         one.
 
         Args:
-            layers: functions that return the kernel of each layer, `[in, out]`, on its devices.
-            stacked: whether the leaves have a layer axis.
+            read: returns the kernel of the layer with an index, `[in, out]`, on its devices.
+            layers: the sizes of the stacked axes.
         """
-        form = QUANTIZED[self.form]
         store = jax.jit(self.store())
-        stored = [jax.block_until_ready(store(kernel())) for kernel in layers]
-        return (
-            {key: jnp.stack([leaves[key] for leaves in stored]) for key in form.leaves}
-            if stacked
-            else stored[0]
-        )
+        stored = [jax.block_until_ready(store(read(index))) for index in np.ndindex(layers)]
+        return {
+            key: stack_layers([leaves[key] for leaves in stored], layers)
+            for key in QUANTIZED[self.form].leaves
+        }
 
 
 @lru_cache(maxsize=1024)
@@ -237,6 +236,16 @@ def stored_abstract(params: Mapping[str, Any], quant: Quant | None) -> Tree:
             shape = (*sites[path].layers, *part.shape)
             items.append(((*path[:-1], key), jax.ShapeDtypeStruct(shape, part.dtype)))
     return paths.build(items)
+
+
+def stack_layers(leaves: Sequence[jax.Array], layers: tuple[int, ...]) -> jax.Array:
+    """Return the leaves of all layers as one leaf.
+
+    Args:
+        leaves: one leaf per layer and expert, at least one.
+        layers: the sizes of the stacked axes; empty if there are none.
+    """
+    return jnp.stack(leaves).reshape(*layers, *leaves[0].shape) if layers else leaves[0]
 
 
 def _suffixes(chosen: list[Site], sites: list[Site]) -> tuple[str, ...]:
@@ -298,15 +307,8 @@ def quantize(params: Mapping[str, Any], quant: Quant | str) -> Tree:
         if site is None:
             items.append((path, leaf))
             continue
-        layers = (
-            [partial(leaf.__getitem__, i) for i in range(len(site.names))]
-            if site.layers
-            else [lambda leaf=leaf: leaf]
-        )
-        items += [
-            ((*path[:-1], key), made)
-            for key, made in how.store_layers(layers, bool(site.layers)).items()
-        ]
+        stored = how.store_layers(leaf.__getitem__, site.layers)
+        items += [((*path[:-1], key), made) for key, made in stored.items()]
     return paths.build(items)
 
 
@@ -328,11 +330,7 @@ def dequantize(params: Mapping[str, Any], dtype: Any = jnp.float32) -> Tree:
         if form is None or not kernels.is_quantized(node):
             continue
         held = {key: items.pop((*site.path, key)) for key in kernels.FORMS[form].leaves}
-        layers = (
-            [{key: leaf[i] for key, leaf in held.items()} for i in range(len(site.names))]
-            if site.layers
-            else [held]
-        )
+        layers = ({key: leaf[i] for key, leaf in held.items()} for i in np.ndindex(site.layers))
         decoded = [kernels.read(layer, site.shape).astype(dtype) for layer in layers]
-        items[*site.path, "kernel"] = jnp.stack(decoded) if site.layers else decoded[0]
+        items[*site.path, "kernel"] = stack_layers(decoded, site.layers)
     return paths.build(list(items.items()))

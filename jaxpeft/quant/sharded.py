@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxpeft.kernels import QUANTIZED
-from jaxpeft.quant.quantize import Quant
+from jaxpeft.quant.quantize import Quant, stack_layers
 
 Shardings = Mapping[str, Sharding]
 
@@ -31,27 +31,32 @@ class _Group:
     """Layers on the same devices.
 
     Attributes:
-        layers: their indices.
+        layers: their numbers among all layers and experts.
+        sizes: the sizes of the stacked axes that they fill.
         kernel: sharding of the kernel of one layer, `[in, out]`.
         leaves: shardings of its leaves.
         stack: shardings of the stacked leaves.
     """
 
-    layers: range
+    layers: Sequence[int]
+    sizes: tuple[int, ...]
     kernel: Sharding
     leaves: Shardings
     stack: Shardings
 
 
 def store_sharded(
-    quant: Quant, read: Callable[[int, Sharding], jax.Array], layers: int | None, places: Shardings
+    quant: Quant,
+    read: Callable[[int, Sharding], jax.Array],
+    layers: tuple[int, ...],
+    places: Shardings,
 ) -> dict[str, jax.Array]:
     """Return the leaves of a quantized kernel; layers are read, quantized and freed one by one.
 
     Args:
         quant: the quantization.
         read: `(layer, sharding) -> kernel`: returns the kernel of a layer, `[in, out]`.
-        layers: number of stacked layers; None for a single kernel.
+        layers: the sizes of the stacked axes; empty for a single kernel.
         places: shardings of the leaves by name.
     """
     parts: dict[str, list[jax.Array]] = {key: [] for key in places}
@@ -63,21 +68,17 @@ def store_sharded(
         kept: list[dict[str, Any]] = []
         for layer in group.layers:
             stored = jax.block_until_ready(store(read(layer, group.kernel)))
-            shapes = {
-                key: leaf.shape if layers is None else (layers, *leaf.shape)
-                for key, leaf in stored.items()
-            }
+            shapes = {key: (*layers, *leaf.shape) for key, leaf in stored.items()}
             kept.append(
                 {key: _fetch(leaf) if _host(places[key]) else leaf for key, leaf in stored.items()}
             )
         for key, place in places.items():
             own = [leaves.pop(key) for leaves in kept]
             if _host(place):
-                parts[key] += _put_back(
-                    own, place, shapes[key], group.layers if layers is not None else None
-                )
+                numbers = {number: i for i, number in enumerate(group.layers)}
+                parts[key] += _put_back(own, place, shapes[key], len(layers), numbers)
             else:
-                leaf = _stack(group.stack[key])(own) if layers is not None else own[0]
+                leaf = _stack(group.stack[key], group.sizes)(own) if layers else own[0]
                 parts[key] += [shard.data for shard in leaf.addressable_shards]
     return {
         key: jax.make_array_from_single_device_arrays(shapes[key], places[key], parts[key])
@@ -99,46 +100,57 @@ def _compile(
     return jax.jit(quant.store(whole), out_shardings=dict(places))
 
 
-def _groups(places: Shardings, layers: int | None, codes: str) -> Iterator[_Group]:
+def _groups(places: Shardings, layers: tuple[int, ...], codes: str) -> Iterator[_Group]:
     """Yield the groups of layers in order; `codes` is the name of the leaf with the codes."""
-    first = places[codes]
+    first, depth, every = places[codes], len(layers), range(math.prod(layers))
     if not isinstance(first, NamedSharding):
         here = {key: _in_device_memory(place) for key, place in places.items()}
-        yield _Group(range(layers or 1), here[codes], here, here)
+        yield _Group(every, layers, here[codes], here, here)
         return
     specs = {
         key: tuple(place.spec) for key, place in places.items() if isinstance(place, NamedSharding)
     }
     # a mesh with automatic axes, so that the partitioner shards the program
     mesh = Mesh(np.asarray(first.mesh.devices), first.mesh.axis_names)
-    if layers is None:
-        leaves = _shardings(mesh, specs)
-        yield _Group(range(1), _kernel(mesh, specs[codes]), leaves, leaves)
-        return
-    cuts = {spec[:1] or (None,) for spec in specs.values()}
-    one = {key: spec[1:] for key, spec in specs.items()}
-    if len(cuts) > 1 or cuts == {(None,)}:
+    cuts = {(*spec, *(None,) * depth)[:depth] for spec in specs.values()}
+    one = {key: spec[depth:] for key, spec in specs.items()}
+    if len(cuts) > 1 or cuts == {(None,) * depth}:
         yield _Group(
-            range(layers), _kernel(mesh, one[codes]), _shardings(mesh, one), _shardings(mesh, specs)
+            every, layers, _kernel(mesh, one[codes]), _shardings(mesh, one), _shardings(mesh, specs)
         )
         return
-    ((cut,),) = cuts
-    axes: tuple[str, ...] = cut if isinstance(cut, tuple) else (str(cut),)
-    parts = list(_submeshes(mesh, axes))
-    for i, part in enumerate(parts):
-        held = range(layers * i // len(parts), layers * (i + 1) // len(parts))
-        stack = _shardings(part, {key: (None, *spec) for key, spec in one.items()})
-        yield _Group(held, _kernel(part, one[codes]), _shardings(part, one), stack)
+    (cut,) = cuts
+    axes = [() if c is None else c if isinstance(c, tuple) else (str(c),) for c in cut]
+    counts = [math.prod(mesh.shape[axis] for axis in each) for each in axes]
+    sizes = tuple(n // count for n, count in zip(layers, counts, strict=True))
+    numbers = np.arange(math.prod(layers)).reshape(layers)
+    for at, part in _submeshes(mesh, axes):
+        held = numbers[tuple(slice(i * n, (i + 1) * n) for i, n in zip(at, sizes, strict=True))]
+        stack = _shardings(part, {key: (*(None,) * depth, *spec) for key, spec in one.items()})
+        own = _shardings(part, one)
+        yield _Group(held.reshape(-1).tolist(), sizes, _kernel(part, one[codes]), own, stack)
 
 
-def _submeshes(mesh: Mesh, axes: tuple[str, ...]) -> Iterator[Mesh]:
-    """Yield the submeshes for each index along some axes, in the order of the shards along them."""
-    for at in itertools.product(*(range(mesh.shape[axis]) for axis in axes)):
-        place = dict(zip(axes, at, strict=True))
+def _submeshes(
+    mesh: Mesh, axes: Sequence[tuple[str, ...]]
+) -> Iterator[tuple[tuple[int, ...], Mesh]]:
+    """Yield the submesh of each shard along some dimensions, with the shard's index.
+
+    Args:
+        mesh: the device mesh.
+        axes: the mesh axes of each of these dimensions.
+    """
+    flat = tuple(itertools.chain(*axes))
+    for at in itertools.product(*(range(mesh.shape[axis]) for axis in flat)):
+        place = dict(zip(flat, at, strict=True))
         index = tuple(
             slice(place[a], place[a] + 1) if a in place else slice(None) for a in mesh.axis_names
         )
-        yield Mesh(np.asarray(mesh.devices)[index], mesh.axis_names)
+        shard = tuple(
+            functools.reduce(lambda i, axis: i * mesh.shape[axis] + place[axis], each, 0)
+            for each in axes
+        )
+        yield shard, Mesh(np.asarray(mesh.devices)[index], mesh.axis_names)
 
 
 def _shardings(mesh: Mesh, specs: Mapping[str, tuple[Any, ...]]) -> dict[str, Sharding]:
@@ -173,27 +185,30 @@ def _put_back(
     fetched: list[dict[Any, np.ndarray[Any, Any]]],
     place: Sharding,
     shape: tuple[int, ...],
-    layers: range | None,
+    depth: int,
+    places: Mapping[int, int],
 ) -> list[jax.Array]:
-    """Put fetched shards into the host memory of their devices, one array per device."""
+    """Put fetched shards into the host memory of their devices, one array per device.
+
+    Args:
+        fetched: shards of the leaf of each layer, by device.
+        place: sharding of the stacked leaf.
+        shape: its shape.
+        depth: number of its stacked axes.
+        places: the index in `fetched` of each layer, by its number among all layers and experts.
+    """
+    numbers = np.arange(math.prod(shape[:depth])).reshape(shape[:depth])
     parts: list[jax.Array] = []
     for device, index in place.addressable_devices_indices_map(shape).items():
         if device not in fetched[0] or index is None:
             continue
-        mine = (
-            None
-            if layers is None
-            else [fetched[i - layers.start][device] for i in range(*index[0].indices(shape[0]))]
-        )
+        own = numbers[index[:depth]]
+        mine = [fetched[places[int(number)]][device] for number in own.reshape(-1)]
         memory = SingleDeviceSharding(device, memory_kind=place.memory_kind)
-        parts.append(jax.device_put(fetched[0][device] if mine is None else np.stack(mine), memory))
+        parts.append(jax.device_put(np.stack(mine).reshape((*own.shape, *mine[0].shape)), memory))
     return parts
 
 
 @functools.lru_cache(maxsize=256)
-def _stack(place: Sharding) -> Callable[[list[jax.Array]], jax.Array]:
-    return jax.jit(_stack_layers, out_shardings=place)
-
-
-def _stack_layers(leaves: list[jax.Array]) -> jax.Array:
-    return jnp.stack(leaves)
+def _stack(place: Sharding, sizes: tuple[int, ...]) -> Callable[[list[jax.Array]], jax.Array]:
+    return jax.jit(partial(stack_layers, layers=sizes), out_shardings=place)

@@ -125,7 +125,7 @@ def gathered_codes(found: Layout) -> tuple[tuple[Path, PartitionSpec], ...]:
         at = paths.layers_at(path)
         if at is None or path[-1] not in _STORED or FSDP not in jax.tree.leaves(tuple(where.spec)):
             continue
-        stacked = paths.layer_axis(path) is not None
+        stacked = not path[at + 1].isdigit()
         others = [
             tuple(axis for axis in _axes(entry) if axis != FSDP)
             for entry in tuple(where.spec)[stacked:]
@@ -174,7 +174,7 @@ def require_used(rules: Rules, *trees: Mapping[str, Any]) -> None:
 
 def _is_offloaded(path: Path, leaf: Any) -> bool:
     """Return whether a frozen leaf is offloaded to host memory: kernel matrices of layers are."""
-    axes = leaf.ndim - (paths.layer_axis(path) is not None)
+    axes = leaf.ndim - len(paths.stacks(path))
     return (
         paths.layers_at(path) is not None
         and (path[-1] == "kernel" or path[-1] in _STORED)

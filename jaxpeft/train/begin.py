@@ -269,5 +269,5 @@ def fixed_leaves(method: Method, frozen: Tree) -> dict[str, jax.Array]:
     return {
         paths.text(path): leaf
         for path, leaf in paths.walk(frozen)
-        if path[-1] in own and leaf.ndim > (paths.layer_axis(path) is not None)
+        if path[-1] in own and leaf.ndim > len(paths.stacks(path))
     }

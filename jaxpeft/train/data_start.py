@@ -83,8 +83,7 @@ class Start:
 
         def read(site: Site, i: int) -> jax.Array:
             leaf = found.plan.sources[*site.path, "kernel"]
-            index = (slice(i, i + 1), slice(None), slice(None)) if leaf.stacked else None
-            return jnp.asarray(leaf.read(index)).reshape(site.shape)
+            return jnp.asarray(leaf.read_layer(i, None)).reshape(site.shape)
 
         return read
 
@@ -130,7 +129,7 @@ class Start:
                 ):
                     if marker in module.variables.get("params", {}):
                         x = args[0].astype(jnp.float32).reshape(-1, args[0].shape[-1])
-                        (name,) = paths.hf_names(module.path, None)
+                        (name,) = paths.hf_names(module.path)
                         found[name] = jnp.where(real, x, 0.0) if len(x) == len(real) else x
                 return fn(*args, **kwargs)
 

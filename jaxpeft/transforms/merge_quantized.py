@@ -87,5 +87,5 @@ def _kernel(params: Mapping[str, Any], site: Site, layer: int) -> Any:
     """Return the kernel of one layer, float32 `[in, out]`."""
     leaves = _own(params, site)
     form = kernels.FORMS[kernels.form_of(leaves) or "kernel"]
-    stored = {key: leaves[key][layer] if site.layers else leaves[key] for key in form.leaves}
+    stored = {key: leaves[key][site.index(layer)] for key in form.leaves}
     return kernels.read(stored, site.shape, site.order).astype(jnp.float32)

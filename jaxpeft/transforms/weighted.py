@@ -101,7 +101,7 @@ def merge_adapters(
         for i, name in enumerate(site.names):
             if on[i]:
                 a, b = merged[name]
-                at = (i,) if site.layers else ()
+                at = site.index(i)
                 node["lora_a"] = node["lora_a"].at[(*at, slice(None), slice(0, a.shape[1]))].set(a)
                 node["lora_b"] = node["lora_b"].at[(*at, slice(0, b.shape[0]))].set(b)
     return method, tree

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from jaxpeft.core import paths
@@ -42,49 +43,74 @@ def test_get_finds_nodes_and_leaves():
 
 
 @pytest.mark.parametrize(
-    ("path", "axis"),
+    ("path", "axes"),
     [
-        ("model/layers/self_attn/q_proj/kernel", 1),
-        ("model/layers/3/self_attn/q_proj/kernel", None),
-        ("bert/encoder/layer/output/dense/kernel", 2),
-        ("bert/encoder/layer/11/output/dense/kernel", None),
-        ("transformer/h/attn/kernel", 1),
-        ("blocks/kernel", 0),
-        ("model/embed_tokens/embedding", None),
-        ("layers", None),
-        ("model/layers", None),
-        ("mlp/layers_of_mine/kernel", None),
+        ("model/layers/self_attn/q_proj/kernel", (1,)),
+        ("model/layers/3/self_attn/q_proj/kernel", ()),
+        ("model/layers/mlp/experts/up_proj/kernel", (1, 3)),
+        ("model/layers/3/mlp/experts/up_proj/kernel", (4,)),
+        ("bert/encoder/layer/output/dense/kernel", (2,)),
+        ("bert/encoder/layer/11/output/dense/kernel", ()),
+        ("transformer/h/attn/kernel", (1,)),
+        ("blocks/kernel", (0,)),
+        ("model/embed_tokens/embedding", ()),
+        ("layers", ()),
+        ("model/layers", ()),
+        ("mlp/layers_of_mine/kernel", ()),
     ],
 )
-def test_layer_axis(path, axis):
-    assert paths.layer_axis(tuple(path.split("/"))) == axis
+def test_the_stacked_axes_of_a_path(path, axes):
+    assert paths.stacks(tuple(path.split("/"))) == axes
 
 
 @pytest.mark.parametrize(
-    ("path", "layers", "names"),
+    ("path", "sizes", "names"),
     [
         (
             "model/layers/self_attn/q_proj",
-            2,
+            (2,),
             ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"),
         ),
-        ("model/layers/self_attn/q_proj/kernel", 1, ("model.layers.0.self_attn.q_proj.weight",)),
-        ("model/layers/1/mlp/up_proj/kernel", None, ("model.layers.1.mlp.up_proj.weight",)),
+        ("model/layers/self_attn/q_proj/kernel", (1,), ("model.layers.0.self_attn.q_proj.weight",)),
+        ("model/layers/1/mlp/up_proj/kernel", (), ("model.layers.1.mlp.up_proj.weight",)),
         (
             "bert/encoder/layer/output/LayerNorm/scale",
-            2,
+            (2,),
             (
                 "bert.encoder.layer.0.output.LayerNorm.weight",
                 "bert.encoder.layer.1.output.LayerNorm.weight",
             ),
         ),
-        ("model/embed_tokens/embedding", None, ("model.embed_tokens.weight",)),
-        ("model/embed_tokens/embedding", 2, ("model.embed_tokens.weight",)),
-        ("classifier/bias", None, ("classifier.bias",)),
+        (
+            "model/layers/mlp/experts/up_proj/kernel",
+            (2, 2),
+            (
+                "model.layers.0.mlp.experts.0.up_proj.weight",
+                "model.layers.0.mlp.experts.1.up_proj.weight",
+                "model.layers.1.mlp.experts.0.up_proj.weight",
+                "model.layers.1.mlp.experts.1.up_proj.weight",
+            ),
+        ),
+        (
+            "model/layers/7/mlp/experts/up_proj",
+            (2,),
+            ("model.layers.7.mlp.experts.0.up_proj", "model.layers.7.mlp.experts.1.up_proj"),
+        ),
+        ("model/embed_tokens/embedding", (), ("model.embed_tokens.weight",)),
+        ("model/embed_tokens/embedding", (2,), ("model.embed_tokens.weight",)),
+        ("classifier/bias", (), ("classifier.bias",)),
     ],
 )
-def test_hf_names(path, layers, names):
-    assert paths.hf_names(tuple(path.split("/")), layers) == names
+def test_hf_names(path, sizes, names):
+    assert paths.hf_names(tuple(path.split("/")), sizes) == names
+
+
+def test_named_items_index_the_leaf():
+    path = ("model", "layers", "mlp", "experts", "up_proj", "kernel")
+    found = paths.named_items(path, np.zeros((2, 3, 4, 5)))
+    assert found[4] == ("model.layers.1.mlp.experts.1.up_proj.weight", (1, 1))
+    assert len(found) == 6
+    assert paths.named_items(("lm_head", "kernel"), np.zeros((4, 5))) == [("lm_head.weight", ())]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +133,7 @@ def test_a_head_is_what_stands_beside_the_backbone(path, head):
 def test_the_stacked_names_are_the_unrolled_names(kind):
     _, unrolled = load(kind)
     _, stacked = load(kind, scan_layers=True)
-    one_by_one = {name for path, _ in paths.walk(unrolled) for name in paths.hf_names(path, None)}
-    together = {name for path, _ in paths.walk(stacked) for name in paths.hf_names(path, 2)}
+    one_by_one = {name for path, _ in paths.walk(unrolled) for name in paths.hf_names(path)}
+    together = {name for path, _ in paths.walk(stacked) for name in paths.hf_names(path, (2,))}
     assert together == one_by_one
     assert len(together) > len(list(paths.walk(stacked)))

@@ -302,7 +302,7 @@ def _head(folder: Path, model: Pretrained, params: Mapping[str, Any]) -> dict[st
         AdapterError: The head does not fit the model.
     """
     own = {
-        paths.hf_names(path, None)[0]: (path, leaf)
+        paths.hf_names(path)[0]: (path, leaf)
         for path, leaf in paths.walk(params)
         if paths.is_head(path)
     }

@@ -150,7 +150,7 @@ def _site_mismatches(
 def _expected_leaves(method: Method, params: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     wanted: dict[str, jax.ShapeDtypeStruct] = {}
     for entry in whole_tensors(method, params):
-        shape = paths.get(params, entry.path).shape[0 if entry.layer is None else 1 :]
+        shape = paths.get(params, entry.path).shape[len(entry.index) :]
         wanted[entry.name] = jax.ShapeDtypeStruct(
             shape[::-1] if entry.transposed else shape, jnp.float32
         )

@@ -33,6 +33,6 @@ def with_pretrained_heads(
         tensors = open_folder(model.source.folder) if absent and model.source else {}
         if any(name.startswith(f"{module}.") for name in tensors):
             for path, leaf in paths.walk(params[module]):
-                (name,) = paths.hf_names((module, *path), None)
+                (name,) = paths.hf_names((module, *path))
                 found[f"{prefix}{name}"] = TensorView(torch_layout(path, leaf))
     return found

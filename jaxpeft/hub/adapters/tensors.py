@@ -35,12 +35,12 @@ class WholeTensor:
     Attributes:
         name: name of the tensor in the file.
         path: path of the leaf.
-        layer: layer of a stacked leaf; None if the leaf is not stacked.
+        index: index of the layer in a stacked leaf; empty if the leaf is not stacked.
     """
 
     name: str
     path: Path
-    layer: int | None
+    index: tuple[int, ...]
 
     @property
     def transposed(self) -> bool:
@@ -49,12 +49,12 @@ class WholeTensor:
 
     def take(self, leaf: Array) -> Array:
         """Return the tensor from the leaf."""
-        part = leaf if self.layer is None else leaf[self.layer]
+        part = leaf[self.index]
         return part.T if self.transposed else part
 
     def put(self, leaf: Array, tensor: Array) -> None:
         """Write the tensor into the leaf, in place."""
-        leaf[... if self.layer is None else self.layer] = tensor.T if self.transposed else tensor
+        leaf[self.index] = tensor.T if self.transposed else tensor
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ class Adapted:
     Attributes:
         method: the method that adapts it.
         site: one layer of the site; its path is `()` for the root of the tree.
-        index: index of the layer in a stacked site; None if the site is not stacked.
+        index: index of the layer in a stacked site; empty if the site is not stacked.
         fresh: its abstract leaves from the method's `init`, without the padding of a stack.
     """
 
     method: Method
     site: Site
-    index: tuple[int, ...] | None
+    index: tuple[int, ...]
     fresh: Mapping[str, Any]
 
     @property
@@ -117,7 +117,7 @@ class Adapted:
         }
 
     def _region(self, like: Any) -> tuple[Any, ...]:
-        return (*(self.index or ()), *(slice(0, n) for n in like.shape))
+        return (*self.index, *(slice(0, n) for n in like.shape))
 
 
 def whole_tensors(method: Method, params: Mapping[str, Any]) -> list[WholeTensor]:
@@ -133,15 +133,14 @@ def whole_tensors(method: Method, params: Mapping[str, Any]) -> list[WholeTensor
     for path, flag in paths.walk(trainable_mask(method, params)):
         if not flag or path[-1] in adding:
             continue
-        layers = paths.get(params, path).shape[0] if paths.layer_axis(path) is not None else None
-        leaf_name = paths.hf_names(path[-1:], None)[0]
-        for row, module in enumerate(paths.hf_names(path[:-1], layers)):
+        for name, index in paths.named_items(path, paths.get(params, path)):
+            module, _, leaf_name = name.rpartition(".")
             middle = method.peft.wrapper(method, path, wrapped.get(module))
             out.append(
                 WholeTensor(
                     f"{method.peft.module_prefix}{module}.{middle}{leaf_name}",
                     path,
-                    None if layers is None else row,
+                    index,
                 )
             )
     return out
@@ -173,16 +172,13 @@ def find_adapted(method: Method, params: Mapping[str, Any]) -> list[Adapted]:
                     one = site.one(i)
                     kernel = partial(jnp.zeros, site.shape, jnp.float32)
                     fresh = jax.eval_shape(partial(part.init, one, kernel), key)
-                    index = (
-                        tuple(map(int, np.unravel_index(i, site.layers))) if site.layers else None
-                    )
-                    out.append(Adapted(part, one, index, fresh))
+                    out.append(Adapted(part, one, site.index(i), fresh))
         root = {name: params[name] for name in part.leaves.root if name in params}
         if root:
             like = {
                 name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in root.items()
             }
-            out.append(Adapted(part, Site((), ("",), (0, 0)), None, like))
+            out.append(Adapted(part, Site((), ("",), (0, 0)), (), like))
     return out
 
 
@@ -223,9 +219,9 @@ def without_copies(
     ]
     shared = {name.rpartition(".")[2]: header[name].read() for name in roots}
     leaves = {
-        name: (path, i)
+        name: (path, index)
         for path, leaf in paths.walk(base)
-        for i, name in enumerate(_names(path, leaf))
+        for name, index in paths.named_items(path, leaf)
     }
     kept: dict[str, Tensor] = {}
     for name, tensor in header.items():
@@ -235,9 +231,8 @@ def without_copies(
         own = _unwrap(name.removeprefix(method.peft.module_prefix))
         copied = ".base_layer." in name or (_embedding_of(own) and not _saves(method, own))
         if own.endswith(".weight") and copied and own in leaves:
-            path, row = leaves[own]
-            leaf = np.asarray(paths.get(base, path))
-            leaf = leaf[row] if paths.layer_axis(path) is not None else leaf
+            path, index = leaves[own]
+            leaf = np.asarray(paths.get(base, path))[index]
             if np.array_equal(tensor.read(), leaf.T if path[-1] == "kernel" else leaf):
                 continue
         once = shared.get(name.rpartition(".")[2])
@@ -354,7 +349,7 @@ def find_outgrown(
 
 
 def _names(path: Path, leaf: Any) -> tuple[str, ...]:
-    return paths.hf_names(path, leaf.shape[0] if paths.layer_axis(path) is not None else None)
+    return paths.hf_names(path, paths.stack_shape(path, leaf))
 
 
 def put_tensors(method: Method, params: Mapping[str, Any], tensors: Mapping[str, Array]) -> Tree:

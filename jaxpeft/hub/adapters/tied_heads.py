@@ -95,4 +95,4 @@ def tie_of(prefix: str, model: Pretrained, params: Mapping[str, Any]) -> tuple[T
     if model.options.task != "causal_lm" or "lm_head" in params:
         return None, None
     ((path, leaf),) = ((path, leaf) for path, leaf in paths.walk(params) if path[-1] == "embedding")
-    return Tie(f"{prefix}{paths.hf_names(path[:-1], None)[0]}.", f"{prefix}lm_head."), leaf
+    return Tie(f"{prefix}{paths.hf_names(path[:-1])[0]}.", f"{prefix}lm_head."), leaf

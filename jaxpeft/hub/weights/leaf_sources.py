@@ -28,18 +28,23 @@ class LeafSource:
     """The source tensors of one leaf.
 
     Attributes:
-        tensors: one tensor, or one per layer.
+        tensors: one tensor, or one per layer and expert.
         shape: shape of the leaf.
         dtype: dtype of the leaf.
-        stacked: whether the leading axis of the leaf is the layer.
+        stacks: number of stacked axes, which come first: of layers, and of experts.
         transposed: whether the leaf is the transpose of the tensors (a kernel).
     """
 
     tensors: tuple[RowReader, ...]
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    stacked: bool
+    stacks: int
     transposed: bool
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The sizes of the stacked axes."""
+        return self.shape[: self.stacks]
 
     def read(self, index: Index | None) -> np.ndarray[Any, Any]:
         """Read a slice of the leaf.
@@ -53,11 +58,11 @@ class LeafSource:
         spans = spans_of(index, self.shape)
         out = aligned_empty(tuple(stop - start for start, stop in spans), self.dtype)
         blocks: list[Callable[[], None]] = []
-        if not self.stacked:
-            blocks += self._blocks(out, self.tensors[0], spans)
-        else:
-            for row, tensor in enumerate(self.tensors[slice(*spans[0])]):
-                blocks += self._blocks(out[row : row + 1].reshape(out.shape[1:]), tensor, spans[1:])
+        stack, within = spans[: self.stacks], spans[self.stacks :]
+        for place in np.ndindex(out.shape[: self.stacks]):
+            at = [start + i for (start, _), i in zip(stack, place, strict=True)]
+            tensor = self.tensors[np.ravel_multi_index(at, self.layers) if at else 0]
+            blocks += self._blocks(out[(*place, ...)], tensor, within)
         if len(blocks) == 1:
             blocks[0]()
         else:
@@ -70,14 +75,13 @@ class LeafSource:
         """Read a slice of one layer of the leaf.
 
         Args:
-            layer: index of the layer; 0 if the leaf is not stacked.
+            layer: number of the layer, or of the expert of all layers; 0 if the leaf is not
+                stacked.
             index: a slice for each axis of the layer; None for the entire layer.
         """
-        if not self.stacked:
-            return self.read(index)
-        return self.read(
-            (slice(layer, layer + 1), *(index or (slice(None),) * (len(self.shape) - 1)))
-        )[0]
+        at = [int(i) for i in np.unravel_index(layer, self.layers)] if self.stacks else []
+        rest = index or (slice(None),) * (len(self.shape) - self.stacks)
+        return self.read((*(slice(i, i + 1) for i in at), *rest))[(0,) * self.stacks]
 
     def _blocks(
         self, out: np.ndarray[Any, Any], tensor: RowReader, spans: Sequence[Span]
@@ -124,16 +128,16 @@ def _copy(
         place[row : row + _STRIP] = block[row : row + _STRIP]
 
 
-def join(tensors: Sequence[RowReader], *, stacked: bool) -> LeafSource:
+def join(tensors: Sequence[RowReader], layers: tuple[int, ...]) -> LeafSource:
     """Return the leaf of tensors with the same shape and dtype, not transposed.
 
     Args:
-        tensors: one tensor, or one per layer.
-        stacked: whether the leaf has a layer axis.
+        tensors: one tensor, or one per layer and expert.
+        layers: the sizes of the stacked axes.
     """
     first = tensors[0]
-    shape = (len(tensors), *first.shape) if stacked else first.shape
-    return LeafSource(tuple(tensors), shape, first.dtype, stacked, transposed=False)
+    shape = (*layers, *first.shape)
+    return LeafSource(tuple(tensors), shape, first.dtype, len(layers), transposed=False)
 
 
 @dataclass(frozen=True)

@@ -102,9 +102,7 @@ def plan(
         elif found := _faults(one, named):
             problems += found
         elif one.packed:
-            held[one.path] = _quantized_leaves(
-                list(one.packed.values()), stacked=one.layers is not None
-            )
+            held[one.path] = _quantized_leaves(list(one.packed.values()), one.layers)
         else:
             sources[one.path] = _source(one, dtype)
     used = {name for one in wanted for name in one.names}
@@ -130,14 +128,14 @@ class _ExpectedLeaf:
     Attributes:
         path: path of the leaf.
         leaf: shape and dtype of the leaf.
-        layers: number of stacked tensors; None if the leaf is not stacked.
+        layers: the sizes of the stacked axes.
         names: names of the tensors.
         present: the tensors that the checkpoint has.
     """
 
     path: Path
     leaf: jax.ShapeDtypeStruct
-    layers: int | None
+    layers: tuple[int, ...]
     names: tuple[str, ...]
     present: Mapping[str, Tensor | Packed]
 
@@ -149,7 +147,7 @@ class _ExpectedLeaf:
     @property
     def shape(self) -> tuple[int, ...]:
         """The required shape of each tensor."""
-        shape = tuple(self.leaf.shape[1:] if self.layers is not None else self.leaf.shape)
+        shape = tuple(self.leaf.shape[len(self.layers) :])
         return shape[::-1] if self.path[-1] == "kernel" else shape
 
     @property
@@ -175,7 +173,7 @@ class _ExpectedLeaf:
 
 
 def _expect(path: Path, leaf: Any, named: Tensors) -> _ExpectedLeaf:
-    layers = leaf.shape[0] if paths.layer_axis(path) is not None else None
+    layers = paths.stack_shape(path, leaf)
     names = paths.hf_names(path, layers)
     return _ExpectedLeaf(
         path, leaf, layers, names, {name: named[name] for name in names if name in named}
@@ -205,7 +203,7 @@ def _source(one: _ExpectedLeaf, dtype: Any | None) -> LeafSource:
     plain = [tensor for tensor in one.present.values() if isinstance(tensor, Tensor)]
     target = np.dtype(dtype) if dtype is not None else _common_dtype(plain)
     return LeafSource(
-        tuple(plain), one.leaf.shape, target, one.layers is not None, one.path[-1] == "kernel"
+        tuple(plain), one.leaf.shape, target, len(one.layers), one.path[-1] == "kernel"
     )
 
 
@@ -220,11 +218,7 @@ def plan_without_tensors(abstract: Tree, dtype: Any, *, new_head: bool) -> Weigh
     new = tuple(path for path, _ in paths.walk(abstract) if new_head and paths.is_head(path))
     sources = {
         path: LeafSource(
-            (),
-            leaf.shape,
-            np.dtype(dtype),
-            paths.layer_axis(path) is not None,
-            path[-1] == "kernel",
+            (), leaf.shape, np.dtype(dtype), len(paths.stacks(path)), path[-1] == "kernel"
         )
         for path, leaf in paths.walk(abstract)
         if path not in new
@@ -264,11 +258,9 @@ def _unfit(one: _ExpectedLeaf) -> list[str]:
     return []
 
 
-def _quantized_leaves(packed: Sequence[Packed], *, stacked: bool) -> dict[str, LeafSource]:
+def _quantized_leaves(packed: Sequence[Packed], layers: tuple[int, ...]) -> dict[str, LeafSource]:
     """Return the leaves of a quantized kernel, stacked if there is one kernel per layer."""
-    return {
-        key: join([one.leaves[key] for one in packed], stacked=stacked) for key in packed[0].leaves
-    }
+    return {key: join([one.leaves[key] for one in packed], layers) for key in packed[0].leaves}
 
 
 def _extra(named: Tensors, used: set[str], family: Family, *, head_wanted: bool) -> list[str]:
@@ -403,9 +395,7 @@ def _canonical_names(
     wanted = {
         name
         for path, leaf in paths.walk(abstract)
-        for name in paths.hf_names(
-            path, leaf.shape[0] if paths.layer_axis(path) is not None else None
-        )
+        for name in paths.hf_names(path, paths.stack_shape(path, leaf))
     }
     out: dict[str, Tensor | Packed] = {}
     original: dict[str, str] = {}

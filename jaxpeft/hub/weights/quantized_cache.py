@@ -19,6 +19,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import WeightsError
-from jaxpeft.hub.weights.leaf_sources import LeafSource, join
+from jaxpeft.hub.weights.leaf_sources import LeafSource, join, spans_of
 from jaxpeft.hub.weights.leaf_tensors import WeightPlan
 from jaxpeft.hub.weights.safetensors_files import Tensor, open_folder
 from jaxpeft.hub.weights.safetensors_writing import write_model
@@ -91,7 +92,7 @@ class Entry:
 
     def _leaf(self, tensors: Mapping[str, Tensor], path: Path, key: str) -> LeafSource:
         source = self.plan.sources[path]
-        return join([tensors[name] for name in _names(path, key, source)], stacked=source.stacked)
+        return join([tensors[name] for name in _names(path, key, source)], source.layers)
 
     def _require_intact(self, tensors: Mapping[str, Tensor]) -> None:
         """Check names, shapes, dtypes and checksums.
@@ -155,8 +156,9 @@ class Entry:
         for path, leaves in self.leaves.items():
             node, source = paths.get(params, path[:-1]), self.plan.sources[path]
             for key in leaves:
-                for i, name in enumerate(_names(path, key, source)):
-                    yield name, _Layer(name, node[key], i if source.stacked else None)
+                names = _names(path, key, source)
+                for index, name in zip(np.ndindex(source.layers), names, strict=True):
+                    yield name, _Layer(name, node[key], index)
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,12 @@ class _Layer:
 
     name: str
     leaf: jax.Array
-    layer: int | None
+    index: tuple[int, ...]
     digests: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.leaf.shape if self.layer is None else self.leaf.shape[1:]
+        return self.leaf.shape[len(self.index) :]
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -178,26 +180,26 @@ class _Layer:
 
     @property
     def nbytes(self) -> int:
-        return self.leaf.nbytes if self.layer is None else self.leaf.nbytes // self.leaf.shape[0]
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray[Any, Any]:
-        array = np.asarray(self.leaf) if self.layer is None else _of_layer(self.leaf, self.layer)
+        array = _of_layer(self.leaf, self.index) if self.index else np.asarray(self.leaf)
         self.digests[self.name] = _sha256(array)
         return array
 
 
-def _of_layer(leaf: jax.Array, layer: int) -> np.ndarray[Any, Any]:
+def _of_layer(leaf: jax.Array, index: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """Return one layer of a leaf, assembled from its shards if it is in host memory, where JAX
     cannot slice.
     """
     if leaf.sharding.memory_kind == jax.local_devices()[0].default_memory().kind:
-        return np.asarray(leaf[layer])
-    array = np.empty(leaf.shape[1:], leaf.dtype)
+        return np.asarray(leaf[index])
+    array = np.empty(leaf.shape[len(index) :], leaf.dtype)
     for shard in leaf.addressable_shards:
-        layers, *within = shard.index
-        start, stop, _ = layers.indices(leaf.shape[0])
-        if start <= layer < stop:
-            array[tuple(within)] = np.asarray(shard.data)[layer - start]
+        spans = spans_of(shard.index, leaf.shape)[: len(index)]
+        if all(start <= i < stop for i, (start, stop) in zip(index, spans, strict=True)):
+            place = tuple(i - start for i, (start, _) in zip(index, spans, strict=True))
+            array[shard.index[len(index) :]] = np.asarray(shard.data)[place]
     return array
 
 
@@ -259,8 +261,8 @@ def _kernels(path: Path, source: LeafSource) -> Iterator[tuple[str, list[Any]]]:
 
 
 def _names(path: Path, key: str, source: LeafSource) -> tuple[str, ...]:
-    """Return the names of a leaf of a quantized kernel: one, or one per layer."""
-    return paths.hf_names((*path[:-1], key), len(source.tensors) if source.stacked else None)
+    """Return the names of a leaf of a quantized kernel: one, or one per layer and expert."""
+    return paths.hf_names((*path[:-1], key), source.layers)
 
 
 def _sha256(array: np.ndarray[Any, Any]) -> str:

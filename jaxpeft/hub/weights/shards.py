@@ -90,17 +90,15 @@ def _read_leaf(
             key: _place(place, (*module, key), leaf.shape, lenient=True)
             for key, leaf in leaves.items()
         }
-        layers = source.shape[0] if source.stacked else None
-        stored = sharded.store_sharded(quant, partial(_layer, source), layers, at)
+        stored = sharded.store_sharded(quant, partial(_layer, source), source.layers, at)
         yield from (((*module, key), leaf) for key, leaf in stored.items())
 
 
 def _quantize(source: LeafSource, quant: Quant, site: Site) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the abstract leaves of a kernel after quantization, by name."""
-    layers = source.shape[:1] if source.stacked else ()
     leaves = quant.abstract(site.shape, source.dtype)
     return {
-        key: jax.ShapeDtypeStruct((*layers, *leaf.shape), leaf.dtype)
+        key: jax.ShapeDtypeStruct((*source.layers, *leaf.shape), leaf.dtype)
         for key, leaf in leaves.items()
     }
 
@@ -180,5 +178,5 @@ def _part(leaf: _Array, index: Index | None) -> _Array:
 
 def _layer(source: LeafSource, layer: int, place: Sharding) -> jax.Array:
     """Read one layer of a kernel, `[in, out]`."""
-    shape = source.shape[1:] if source.stacked else source.shape
+    shape = source.shape[source.stacks :]
     return _put(shape, source.dtype, place, partial(source.read_layer, layer))

@@ -179,9 +179,9 @@ def test_a_checkpoint_of_pretraining_gives_its_backbone(tmp_path, kind):
     for task in (TASK, "token_classification", "encoder"):
         labels = None if task == "encoder" else 3
         _, params = jaxpeft.load(tmp_path, task=task, num_labels=labels, dtype=jnp.float32)
-        read = {paths.hf_names(path, None)[0] for path, _ in paths.walk(params)}
+        read = {paths.hf_names(path)[0] for path, _ in paths.walk(params)}
         for path, leaf in paths.walk(params):
-            name = paths.hf_names(path, None)[0]
+            name = paths.hf_names(path)[0]
             stored = next((t for key, t in tensors.items() if key.endswith(f".{name}")), None)
             stored = tensors.get(name, stored)
             assert stored is not None or paths.is_head(path)

@@ -101,7 +101,7 @@ def test_row_3_every_leaf_that_is_made_newly_is_trained_and_saved(
     assert all(mask[path] for path in made)
     jaxpeft.save_adapter(tmp_path, method, params, model)
     file = load_file(tmp_path / WEIGHTS)
-    for name in (f"base_model.model.{paths.hf_names(path, None)[0]}" for path in made):
+    for name in (f"base_model.model.{paths.hf_names(path)[0]}" for path in made):
         assert name in file
         spoiled = {key: tensor for key, tensor in file.items() if key != name}
         save_file(spoiled, tmp_path / WEIGHTS)  # as peft saves it without a task_type

@@ -47,7 +47,7 @@ def places(leaves: Any, mesh: Mesh, way: str) -> Callable[[Path], NamedSharding]
 
 
 def _spec(path: Path, shape: tuple[int, ...], mesh: Mesh, way: str) -> PartitionSpec:
-    layers = int(paths.layer_axis(path) is not None)
+    layers = len(paths.stacks(path))
     spec: list[Any] = [None] * len(shape)
     one = list(range(layers, len(shape)))  # the axes of one layer
     rows, columns = (one[-1:], one[:-1]) if path[-1] == "kernel" else (one[:1], one[1:])

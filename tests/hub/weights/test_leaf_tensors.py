@@ -138,7 +138,7 @@ def backbone_equals(params, tensors, prefix, path=()):
     for leaf_path, leaf in paths.walk(params):
         if paths.is_head(leaf_path):
             continue
-        (name,) = paths.hf_names(leaf_path, None)
+        (name,) = paths.hf_names(leaf_path)
         name = name.removeprefix(prefix[1:]) if prefix.startswith("-") else prefix + name
         wanted = tensors[name].T if leaf_path[-1] == "kernel" else tensors[name]
         np.testing.assert_array_equal(np.asarray(leaf), wanted, err_msg=name)

@@ -71,7 +71,7 @@ def test_blocks_put_together_are_the_tensor(tmp_path, monkeypatch, transposed):
         tuple(tensors[str(i)] for i in range(3)),
         leaf.shape,
         np.dtype(np.float32),
-        stacked=True,
+        stacks=1,
         transposed=transposed,
     )
     np.testing.assert_array_equal(source.read(None), leaf)

@@ -135,7 +135,7 @@ def test_of_a_part_no_more_is_asked_than_it_has(
         tuple(tensors[str(i)] for i in range(3)),
         leaf.shape,
         np.dtype(dtype),
-        stacked=True,
+        stacks=1,
         transposed=transposed,
     )
     index = (slice(1, 3), *(part[::-1] if transposed else part))
@@ -148,7 +148,7 @@ def test_of_a_part_no_more_is_asked_than_it_has(
 def test_a_tensor_of_three_axes_is_cut_along_any(tmp_path: FilePath) -> None:
     wanted = np.random.default_rng(0).standard_normal((7, 6, 5)).astype(np.float32)
     shard(tmp_path, {"m.safetensors": {"x": wanted}})
-    source = leaf_sources.join([open_folder(tmp_path)["x"]], stacked=False)
+    source = leaf_sources.join([open_folder(tmp_path)["x"]], ())
     for index in [(slice(2, 5), slice(1, 4), slice(0, 2)), (slice(None), slice(None), slice(3, 5))]:
         np.testing.assert_array_equal(source.read(index), wanted[index])
 
