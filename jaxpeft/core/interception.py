@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxpeft import kernels
-from jaxpeft.core import views
+from jaxpeft.core import experts, views
 from jaxpeft.core.method import Call
 from jaxpeft.core.specs import Computation
 from jaxpeft.errors import ConfigError
@@ -63,6 +63,8 @@ class Hooks:
         """
         if name == TOGETHER:
             return self._together(module, base, key is not None)
+        if name == experts.GROUPED:
+            return self._grouped(module, leaves)
         alone = self._linear(module, key is not None) if name == "__call__" else None
         if alone is not None and alone.factors is not None:
             return lambda x: joint.products(x.astype(module.dtype), [alone])[0]
@@ -89,6 +91,24 @@ class Hooks:
             return joint.products(x.astype(module.dtype), found)
 
         return call
+
+    def _grouped(self, module: Any, leaves: Mapping[str, Any]) -> Callable[..., Any]:
+        """Return the function that computes a linear module of experts.
+
+        Raises:
+            ConfigError: Its adapters are an adapter stack, or cannot adapt experts.
+        """
+        adapters = [
+            method
+            for marker, method in self.methods.items()
+            if marker in leaves and marker not in kernels.FORMS
+        ]
+        for method in adapters:
+            if self.rows is not None or not experts.adapts_experts(method):
+                what = method.name if self.rows is None else "an adapter stack"
+                where = "/".join(map(str, module.path))
+                raise ConfigError(f"{where}: {what} cannot adapt experts; exclude them")
+        return lambda x, sizes: experts.compute(leaves, self.root, adapters, x, sizes)
 
     def _linear(self, module: Any, training: bool) -> joint.LinearSite | None:
         """Return a module in the form `x W + x A B`; None if it computes anything else."""
@@ -186,7 +206,11 @@ def _require_inputs(module: Any, name: str, method: Computation) -> None:
 
 def interceptor(hooks: Hooks) -> Callable[..., Any]:
     """Return the function for `flax.linen.intercept_methods`."""
-    names = {TOGETHER, *(name for method in hooks.methods.values() for name in method.sites.hooks)}
+    names = {
+        TOGETHER,
+        experts.GROUPED,
+        *(name for method in hooks.methods.values() for name in method.sites.hooks),
+    }
 
     def intercept(
         next_fun: Callable[..., Any],

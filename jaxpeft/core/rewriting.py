@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxpeft import kernels
 from jaxpeft.core import paths, targets
+from jaxpeft.core.experts import adapts_experts
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import Site
@@ -102,10 +103,34 @@ def chosen_sites(
     targets.require_fast_targets(wanted, [name for site in found for name in site.names])
     targets.require_kinds(method.name, wanted, found, method.sites.kinds)
     chosen = targets.resolve(params, wanted, method.sites.kinds, found)
+    _require_experts(method, wanted, chosen)
+    if not adapts_experts(type(method)):
+        chosen = {site: on for site, on in chosen.items() if not site.experts}
     method.check_sites(
         tuple(n for s, on in chosen.items() for n, yes in zip(s.names, on, strict=True) if yes)
     )
     return chosen
+
+
+def _require_experts(
+    method: Method, wanted: targets.Targets, chosen: Mapping[Site, tuple[bool, ...]]
+) -> None:
+    """Raise an error if a method is to adapt experts and cannot.
+
+    Raises:
+        TargetError: It cannot adapt experts at all, or not with these options.
+    """
+    site = next((site for site in chosen if site.experts), None)
+    if site is None:
+        return
+    if not adapts_experts(type(method)):
+        if not targets.is_keyword(wanted.targets) or all(each.experts for each in chosen):
+            raise TargetError(f"targets: {method.name} cannot adapt experts, such as {site.name}")
+    elif getattr(method, "dropout", 0) and method.sites.kinds:
+        raise TargetError(
+            f"{method.name}.dropout: is {method.dropout:g}, but the inputs of experts have no"  # pyright: ignore[reportAttributeAccessIssue]
+            f" dropout; set it to 0, or exclude the experts, such as {site.name}"
+        )
 
 
 def add_leaves(

@@ -58,6 +58,11 @@ class Site:
         """The Hugging Face name of a site of one layer."""
         return self.names[0]
 
+    @property
+    def experts(self) -> bool:
+        """Whether it is a module of experts."""
+        return paths.EXPERTS in self.path
+
     def index(self, i: int) -> tuple[int, ...]:
         """Return the index of layer `i` in the stacked axes of the leaves; empty without any."""
         return tuple(int(n) for n in np.unravel_index(i, self.layers))
@@ -256,13 +261,19 @@ def matches(name: str, wanted: Targets, kind: str = "linear") -> bool:
             return _in_layers(name, wanted)
         if wanted.targets.lower() == ALL_LINEAR:
             return (
-                kind == "linear" and name.split(".")[-1] != "lm_head" and _in_layers(name, wanted)
+                kind == "linear"
+                and name.split(".")[-1] not in _NOT_ALL_LINEAR
+                and _in_layers(name, wanted)
             )
         return full_match(wanted.targets, name) is not None
     # as in PEFT, an entry that is a full name overrides layers_to_transform
     return name in wanted.targets or (
         is_named_by(name, wanted.targets) and _in_layers(name, wanted)
     )
+
+
+_NOT_ALL_LINEAR = frozenset({"lm_head", "gate"})
+"""Last components of the language-model head and of the routers of experts."""
 
 
 def selects_leaf(method: str, path: Path, leaf: Any, wanted: Callable[[str], bool]) -> bool:

@@ -283,6 +283,9 @@ PAST = "past"
 """The mutable collection for the keys and values of each layer, `[2, batch, length, kv_heads * d]`.
 """
 
+ROUTING = "routing"
+"""The mutable collection for the numbers of the load-balancing loss of each layer."""
+
 
 def abstract_params(model: Pretrained) -> Tree:
     """Return the shapes and dtypes of a model's parameters without allocating them."""

@@ -97,6 +97,7 @@ class DecoderBackbone(Pretrained):
             rotations[0] if own.rope is None else _stacked(rotations),
             next(iter(masks.values())),
             places,
+            None if c.mixture is None else attention_mask,
         )
         norm = RMSNorm(c.rms_norm_eps, options.dtype, c.norm_offset, name="norm")
         return norm(x)[:, virtual.prompted :]

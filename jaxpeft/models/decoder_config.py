@@ -11,6 +11,7 @@ from jaxpeft.models import rope
 from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.attention_scores import Scoring
 from jaxpeft.models.base import MOST_HEADS, MOST_LAYERS, ConfigReader
+from jaxpeft.models.experts import Mixture
 from jaxpeft.models.rope import Rope, RopeSwitches
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -77,6 +78,7 @@ class DecoderConfig:
             `1 + beta ln(1 + floor(p / b))`. None if they do not.
         other_ropes: rotations of further layers.
         layer_ropes: index of each layer's rotation in `ropes`; None if all are 0.
+        mixture: the experts of each layer; None if its feed-forward is dense.
     """
 
     vocab_size: int
@@ -116,11 +118,17 @@ class DecoderConfig:
     query_growth: tuple[float, float] | None = None
     other_ropes: tuple[Rope, ...] = ()
     layer_ropes: tuple[int, ...] | None = None
+    mixture: Mixture | None = None
 
     @property
     def own_pooling(self) -> str:
         """The pooling of the sequence classifier in `transformers`."""
         return "last"
+
+    @property
+    def num_experts(self) -> int:
+        """The number of experts of a layer, 0 if its feed-forward is dense."""
+        return 0 if self.mixture is None else self.mixture.experts
 
     @property
     def scoring(self) -> Scoring:

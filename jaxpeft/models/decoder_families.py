@@ -4,7 +4,8 @@
 |---|---|
 | Llama 2, 3 | Touvron et al. 2023 (arXiv:2307.09288), Grattafiori et al. 2024 (arXiv:2407.21783) |
 | Mistral, Ministral 3 | Jiang et al. 2023 (arXiv:2310.06825) |
-| Qwen2, Qwen2.5, Qwen3 | Qwen team 2024 and 2025 (arXiv:2407.10671, arXiv:2505.09388) |
+| Mixtral | Jiang et al. 2024 (arXiv:2401.04088) |
+| Qwen2, Qwen2.5, Qwen3, Qwen3-MoE | Qwen team 2024, 2025 (arXiv:2407.10671, arXiv:2505.09388) |
 | Gemma, Gemma 2, Gemma 3 | Gemma team 2024, 2025 (arXiv:2403.08295, 2408.00118, 2503.19786) |
 | Phi-3, Phi-4 | Abdin et al. 2024 (arXiv:2404.14219, arXiv:2412.08905) |
 | GLM-4 | GLM team 2024 (arXiv:2406.12793) |
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxpeft.errors import show
@@ -37,6 +38,7 @@ from jaxpeft.models.decoder_config import (
     positive,
     upper_sliding,
 )
+from jaxpeft.models.experts import Mixture
 from jaxpeft.models.rope import NO_ROPE, RopeSwitches
 
 _BY_LAYERS = (FULL, SLIDING)
@@ -97,6 +99,79 @@ QWEN3 = DecoderFamily(
     defaults={"sliding_window": 4096, "head_dim": 128},
     layer_types=upper_sliding,
     parts={**_ATTENTION_BIAS, "qk_norm": True},
+)
+
+
+def _mixture(
+    module: str, names: tuple[str, str, str], width: str, normalized: Part
+) -> Callable[[ConfigReader], Mixture]:
+    """Return the part `mixture` of a family.
+
+    Args:
+        module: see `Mixture`.
+        names: see `Mixture`.
+        width: field of `config.json` with the width of an expert.
+        normalized: see `Mixture`.
+    """
+
+    def read(reader: ConfigReader) -> Mixture:
+        local = "num_local_experts"  # what transformers 5 writes for every family
+        experts = "num_experts" if reader.get(local) is None else local
+        count = reader.integer(experts)
+        chosen = reader.integer("num_experts_per_tok")
+        if chosen > count:
+            reader.problems.append(
+                f"num_experts_per_tok: is {chosen}, but there are only {count} experts ({experts})"
+            )
+        return Mixture(
+            module,
+            names,
+            count,
+            min(chosen, count),
+            reader.integer(width),
+            bool(normalized(reader) if callable(normalized) else normalized),
+            reader.number("router_aux_loss_coef") if reader.flag("output_router_logits") else 0.0,
+        )
+
+    return read
+
+
+MIXTRAL = dataclasses.replace(
+    MISTRAL,
+    model_type="mixtral",
+    defaults={
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "router_aux_loss_coef": 0.001,
+    },
+    parts={"mixture": _mixture("block_sparse_moe", ("w1", "w3", "w2"), "intermediate_size", True)},
+    refused={"router_jitter_noise": "the router has no noise"},
+)
+QWEN3_MOE = dataclasses.replace(
+    QWEN3,
+    model_type="qwen3_moe",
+    defaults={
+        "sliding_window": 4096,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "decoder_sparse_step": 1,
+        "router_aux_loss_coef": 0.001,
+    },
+    parts={
+        **QWEN3.parts,
+        "mixture": _mixture(
+            "mlp",
+            ("gate_proj", "up_proj", "down_proj"),
+            "moe_intermediate_size",
+            flag("norm_topk_prob"),
+        ),
+    },
+    refused={"mlp_only_layers": "every layer must have experts"},
 )
 
 
@@ -322,8 +397,10 @@ DECODER_FAMILIES: Mapping[str, DecoderFamily] = {
         LLAMA,
         MISTRAL,
         MINISTRAL3,
+        MIXTRAL,
         QWEN2,
         QWEN3,
+        QWEN3_MOE,
         GEMMA,
         GEMMA2,
         GEMMA3,

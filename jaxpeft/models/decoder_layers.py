@@ -16,6 +16,7 @@ from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.attention import attend, by_heads
 from jaxpeft.models.base import ModelOptions
 from jaxpeft.models.decoder_config import DecoderConfig
+from jaxpeft.models.experts import SparseFeedForward
 from jaxpeft.models.layers import (
     RMSNorm,
     dense,
@@ -200,6 +201,7 @@ class Block(nn.Module):
         rotation: Rotation,
         mask: Mask,
         places: Array | None,
+        real: Array | None = None,
     ) -> tuple[Array, None]:
         """Run the layer.
 
@@ -210,6 +212,7 @@ class Block(nn.Module):
                 selects one of several.
             mask: the attention mask.
             places: `[batch or 1, key]`, positions for the windows; None without windows.
+            real: `[batch, length]`, 0 for padding; None without experts.
         """
         c, options = self.config, self.options
         x = mark_input(x)
@@ -226,7 +229,10 @@ class Block(nn.Module):
         x = Attention(c, options, name="self_attn")(h, x, finish, own, rotation, mask)
         h = self._normalize(names.before_mlp, x)
         finish = partial(self._finish, names.after_mlp)
-        return FeedForward(c, options, name="mlp")(h, x, finish), None
+        if c.mixture is None:
+            return FeedForward(c, options, name="mlp")(h, x, finish), None
+        experts = SparseFeedForward(c.mixture, c.hidden_act, options, name=c.mixture.module)
+        return experts(h, x, finish, real), None
 
     def _normalize(self, name: str, x: Array) -> Array:
         c = self.config

@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft.core import paths
 from jaxpeft.core.paths import Path
-from jaxpeft.models.base import PAST, ModelOptions
+from jaxpeft.models.base import PAST, ROUTING, ModelOptions
 from jaxpeft.remat import INPUT, PRODUCT, REMAT_POLICIES, RematPolicy
 from jaxpeft.sharding.logical_axes import mesh_of
 
@@ -192,7 +192,7 @@ def run_layers(
     axes: Any = (0, *(nn.broadcast for _ in inputs[2:]))
     scanned = nn.scan(
         remat_block,
-        variable_axes={"params": 0, PAST: 0},
+        variable_axes={"params": 0, PAST: 0, ROUTING: 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=axes,
         length=count,

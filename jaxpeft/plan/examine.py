@@ -299,7 +299,8 @@ def _row(
 
 def _read(setting: Setting, row: Row, run: Subject, mesh: Mesh, compiled: Compiled) -> Row:
     """Add the program's work, collectives and roofline to a row."""
-    model_flops = run.tokens * flops.per_token(run.state.trainable, run.frozen)
+    active = flops.active_share(run.model.config)
+    model_flops = run.tokens * flops.per_token(run.state.trainable, run.frozen, active)
     row = dataclasses.replace(row, model_flops=model_flops)
     if compiled.text is None:
         return row

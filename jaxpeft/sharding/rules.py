@@ -92,10 +92,11 @@ _COLUMNS = (
     # decoders, DistilBERT, ModernBERT
     r"(.*/)?(q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|q_lin|k_lin|v_lin|lin1)",
     r"(.*/)?(Wqkv|Wi)",
+    r"(.*/)?experts/(w1|w3)",  # Mixtral
     r"(.*/)?(attention/self/(query|key|value)|intermediate/dense)",  # BERT and its kind
     r"(.*/)?attention/self/(pos_)?(query|key|value)_proj",  # DeBERTa
 )
-_ROWS = (r"(.*/)?(o_proj|down_proj|out_lin|lin2|Wo)", r"(.*/)?output/dense")
+_ROWS = (r"(.*/)?(o_proj|down_proj|out_lin|lin2|Wo|experts/w2)", r"(.*/)?output/dense")
 TABLE: tuple[Rule, ...] = (
     *(Rule(f"{module}/kernel", ((), _BOTH)) for module in _COLUMNS),
     *(Rule(f"{module}/bias", ((TENSOR,),)) for module in _COLUMNS),
@@ -106,6 +107,7 @@ TABLE: tuple[Rule, ...] = (
     Rule(r"(.*/)?lm_head/kernel", ((), _BOTH)),
     Rule(r"(.*/)?((pooler|head)/dense|conv/conv)/kernel", ((), (FSDP,))),
     Rule(r"(.*/)?(embeddings_project|embed_proj)/kernel", ((), (FSDP,))),
+    Rule(r"(.*/)?(mlp|block_sparse_moe)/gate/kernel"),
     Rule(r"(.*/)?rel_embeddings/embedding", ((), (FSDP,))),
     Rule(r"(.*/)?(position|token_type)_embeddings/embedding"),
     Rule(r"(classifier|score|pre_classifier)/.*"),

@@ -10,7 +10,7 @@ from jaxpeft.chips import chip_of
 from jaxpeft.core import paths
 
 
-def per_token(trainable: Any, frozen: Any) -> float:
+def per_token(trainable: Any, frozen: Any, active: float = 1.0) -> float:
     """Return the model FLOPs of training on one token.
 
     A frozen matrix parameter costs 4 FLOPs: 2 forward, and 2 backward for the gradient of the
@@ -20,16 +20,26 @@ def per_token(trainable: Any, frozen: Any) -> float:
     Args:
         trainable: trainable part of the tree.
         frozen: frozen part of the tree.
+        active: share of the experts that a token computes with.
     """
-    return 6.0 * _matrix_parameters(trainable) + 4.0 * _matrix_parameters(frozen)
+    return 6.0 * _matrix_parameters(trainable, active) + 4.0 * _matrix_parameters(frozen, active)
 
 
-def _matrix_parameters(tree: Any) -> int:
-    leaves = ((path[-1], leaf) for path, leaf in paths.walk(tree))
+def active_share(config: Any) -> float:
+    """Return the share of a model's experts that a token computes with; 1 without experts.
+
+    Args:
+        config: the model's config.
+    """
+    mixture = getattr(config, "mixture", None)
+    return 1.0 if mixture is None else mixture.chosen / mixture.experts
+
+
+def _matrix_parameters(tree: Any, active: float) -> float:
     return sum(
-        kernels.parameters(name, leaf.shape)
-        for name, leaf in leaves
-        if leaf.ndim >= 2 and name != "embedding"
+        kernels.parameters(path[-1], leaf.shape) * (active if paths.EXPERTS in path else 1)
+        for path, leaf in paths.walk(tree)
+        if leaf.ndim >= 2 and path[-1] != "embedding"
     )
 
 

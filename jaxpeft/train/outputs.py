@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import Any
 
 import flax.linen as nn
 import jax
 
 from jaxpeft.forward import run
+from jaxpeft.models.base import ROUTING
+from jaxpeft.models.experts import balance_loss
 
 Batch = Mapping[str, jax.Array]
 _INPUTS = ("token_type_ids", "position_ids", "segment_ids")
@@ -25,12 +27,14 @@ class Outputs:
         params: complete parameter tree.
         batch: `input_ids` and `attention_mask` `[rows, length]`, and optional inputs.
         key: dropout key of a training call; None for no dropout.
+        sown: what the modules have sown in the call.
     """
 
     model: nn.Module
     params: Mapping[str, Any]
     batch: Batch
     key: jax.Array | None
+    sown: dict[str, Any] = field(default_factory=dict[str, Any])
 
     @cached_property
     def logits(self) -> jax.Array:
@@ -49,13 +53,24 @@ class Outputs:
         rngs = None if self.key is None else {"dropout": jax.random.fold_in(self.key, chunk)}
         return run(self.model, self.params, x, rngs=rngs, method="head")
 
+    @property
+    def added_loss(self) -> jax.Array | None:
+        """The loss that the model adds to that of a batch, after a call; None for no loss.
+
+        It is the load-balancing loss of experts, with its weight in the model's config.
+        """
+        if ROUTING not in self.sown:
+            return None
+        return self.model.config.mixture.balance * balance_loss(self.sown[ROUTING])
+
     def _run(self, options: Mapping[str, Any]) -> jax.Array:
         batch, extra = (
             self.batch,
             {name: self.batch[name] for name in _INPUTS if name in self.batch},
         )
         rngs = None if self.key is None else {"dropout": self.key}
-        return run(
+        call = partial(
+            run,
             self.model,
             self.params,
             batch["input_ids"],
@@ -64,3 +79,9 @@ class Outputs:
             **extra,
             **options,
         )
+        mixture = getattr(self.model.config, "mixture", None)
+        if mixture is None or not mixture.balance:
+            return call()
+        out, sown = call(mutable=[ROUTING])
+        self.sown.update(sown)
+        return out

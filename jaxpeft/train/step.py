@@ -51,7 +51,10 @@ def make_loss_sum(model: nn.Module, loss: Loss) -> Callable[..., tuple[jax.Array
     def loss_sum(
         trainable: Tree, frozen: Tree, batch: Batch, key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        return loss(Outputs(model, combine(trainable, frozen), batch, key), batch)
+        outputs = Outputs(model, combine(trainable, frozen), batch, key)
+        total, weight = loss(outputs, batch)
+        added = outputs.added_loss
+        return (total if added is None else total + weight * added), weight
 
     return loss_sum
 

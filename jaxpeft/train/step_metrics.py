@@ -48,7 +48,9 @@ class StepMetrics:
         self._setup, self._name, self._schedule = setup, name, learning_rate
         self._writers, self._newest = writers, newest
         self._watch = Watch(_names(trainable), setup.config.train.most_skipped, _chance(setup))
-        self._flops_per_token = flops.per_token(trainable, frozen)
+        self._flops_per_token = flops.per_token(
+            trainable, frozen, flops.active_share(setup.model.config)
+        )
         self._peak = flops.peak(devices_of(frozen) or devices_of(trainable))
         self._pending: list[tuple[int, Position, Mapping[str, jax.Array]]] = []
         self._tokens, self._aside = 0, 0.0

@@ -25,6 +25,7 @@ from tests.models.conftest import Reference, forward
 
 CAUSAL = "causal_lm"
 NEW = tuple(kind for kind in DECODER_FAMILIES if kind not in ("llama", "mistral", "qwen2", "qwen3"))
+EXPERTS = ("mixtral", "qwen3_moe")
 FUSED = ("qkv_proj", "gate_up_proj", "o_proj", "down_proj")
 LACKING = {
     "sequence_classification": ("granite",),
@@ -43,6 +44,8 @@ def targets(kind: str) -> tuple[str, ...]:
     """Return modules of attention and feed-forward, the fused ones where there are some."""
     if kind == "phi3":
         return FUSED
+    if kind in EXPERTS:  # which PEFT adapts as parameters, see test_experts
+        return ("q_proj", "v_proj", "o_proj")
     gate = "gate_up_proj" if kind == "glm4" else "gate_proj"
     return ("q_proj", "v_proj", "o_proj", gate, "down_proj")
 

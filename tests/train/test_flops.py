@@ -23,6 +23,11 @@ def test_stacked_layers_count_each() -> None:
     assert flops.per_token({}, {"up": {"kernel": jnp.zeros((3, 8, 32))}}) == 4 * 3 * 8 * 32
 
 
+def test_a_token_computes_with_the_chosen_experts():
+    experts = {"experts": {"up": {"kernel": jnp.zeros((4, 8, 32))}}}
+    assert flops.per_token({}, experts, active=0.5) == 4 * 2 * 8 * 32
+
+
 @pytest.mark.parametrize(
     ("kind", "devices", "peak"),
     [

@@ -16,7 +16,7 @@ from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
 from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.errors import AdapterError, ConfigError, TargetError, WeightsError, shorten, show
-from jaxpeft.hub.adapters import checks, companions, peft_config
+from jaxpeft.hub.adapters import checks, companions, expert_parameters, peft_config
 from jaxpeft.hub.adapters import extra as adapter_extra
 from jaxpeft.hub.adapters import tensors as adapter_tensors
 from jaxpeft.hub.adapters.folder_layout import CONFIG, EXTRA, FolderLayout
@@ -153,6 +153,7 @@ def load_adapter(
         raise AdapterError(error.problems) from error
     if model.options.task == "encoder":
         config, header = _drop_pooler(config, header)
+    config, header = expert_parameters.split(config, header, model, str(folder / CONFIG))
     header = _one_name(config, header, model, params, folder / layout.weights)
     method = peft_config.read(config, str(folder / CONFIG), params)
     method = method.peft.fit(method, {name: tensor.shape for name, tensor in header.items()})

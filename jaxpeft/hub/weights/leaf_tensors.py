@@ -24,6 +24,7 @@ from jaxpeft.models.base import Family
 
 Tensors = Mapping[str, Tensor | Packed]
 _LAYER = re.compile(r"(?:^|\.)layers?\.(\d{1,9})\.")
+_EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True)
@@ -306,7 +307,7 @@ def _list_problems(problems: list[str], folder: Any, most: int = 60) -> list[str
 
 
 def require_sizes(config: Any, tensors: Tensors, family: Family, where: Any) -> None:
-    """Raise an error if a config has more layers, tokens or features than the tensors.
+    """Raise an error if a config has more layers, experts, tokens or features than the tensors.
 
     Args:
         config: the model's config, with `num_hidden_layers`, `vocab_size` and `hidden_size`.
@@ -317,15 +318,16 @@ def require_sizes(config: Any, tensors: Tensors, family: Family, where: Any) -> 
     Raises:
         WeightsError: Sizes are too large; it lists each of them with the size in the file.
     """
-    layers = {int(found[1]) for name in tensors if (found := _LAYER.search(name))}
+    layers, experts = (
+        max((int(found[1]) + 1 for name in tensors if (found := numbered.search(name))), default=0)
+        for numbered in (_LAYER, _EXPERT)
+    )
     table = next(
         ((name, t.shape) for name, t in tensors.items() if name.endswith(family.embedding)), None
     )
-    found = (
-        {"num_hidden_layers": (max(layers, default=0) + 1, "layers in the weights")}
-        if layers
-        else {}
-    )
+    found = {"num_hidden_layers": (layers, "layers in the weights")} if layers else {}
+    if experts and hasattr(config, "num_experts"):
+        found["num_experts"] = (experts, "experts in the weights")
     if table is not None and len(table[1]) == 2:
         narrow = getattr(config, "embedding_size", config.hidden_size) != config.hidden_size
         width = "embedding_size" if narrow else "hidden_size"

@@ -1,0 +1,86 @@
+r"""Computing linear modules of experts with adapters.
+
+Such a module has one kernel for each expert, and its rows are sorted by expert. An adapter has one
+set of leaves for each expert. A low-rank update is computed beside the kernels,
+
+    y_i = x_i W_e + x_i A_e B_e,
+
+where `e` is the expert of row `i`; every other method that can be folded is computed with its
+folded kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft import kernels
+from jaxpeft.core.specs import Computation
+from jaxpeft.errors import ConfigError
+from jaxpeft.kernels import grouped
+
+Leaves = Mapping[str, Any]
+GROUPED = "grouped"
+"""The method of a linear module of experts: of `x [..., rows, in]` and `sizes [..., experts]`."""
+
+
+def adapts_experts(method: Any) -> bool:
+    """Return whether a method can adapt the linear modules of experts."""
+    fold = getattr(method, "fold", None)
+    own = fold is not None and getattr(fold, "__qualname__", "") != "Method.fold"
+    return own and "__call__" in method.sites.hooks and "linear" in method.sites.kinds
+
+
+def compute(
+    leaves: Leaves, root: Leaves, methods: Sequence[Computation], x: Any, sizes: Any
+) -> Any:
+    """Compute a linear module of experts with the adapters in its leaves.
+
+    Args:
+        leaves: the module's own leaves, with a leading expert axis.
+        root: the leaves at the root of the tree.
+        methods: the methods of its adapters, in the order in which they compute.
+        x: `[..., rows, in]`, sorted by expert.
+        sizes: `[..., experts]` int32, the number of rows of each expert.
+    """
+    form = kernels.form_of(leaves) or "kernel"
+    stored = {name: leaves[name] for name in kernels.FORMS[form].leaves}
+    low_rank: list[tuple[Any, Any]] = []
+    for method in methods:
+        own = {name: leaves[name] for name in method.leaves.site if name in leaves}
+        on = leaves.get(method.leaves.names[-1])
+        factors = None if on is not None else _factors(method, own)
+        if factors is not None:
+            low_rank.append(factors)
+        else:
+            before = jax.vmap(kernels.FORMS[form].read)(stored).astype(jnp.float32)
+            stored, form = {"kernel": _fold(method, own, root, before, on)}, "kernel"
+    y = grouped.stored_product(x, stored, sizes)
+    for a, b in low_rank:
+        y = y + grouped.product(grouped.product(x, a, sizes), b, sizes)
+    return y
+
+
+def _factors(method: Computation, own: Leaves) -> tuple[Any, Any] | None:
+    """Return the factors `A [experts, in, r]` and `B [experts, r, out]`; None without them."""
+    low_rank = method.sites.low_rank
+    return jax.vmap(lambda leaves: low_rank(leaves, False))(dict(own))
+
+
+def _fold(method: Any, own: Leaves, root: Leaves, before: Any, on: Any) -> Any:
+    """Return the kernels `[experts, in, out]`, float32, with an adapter folded in."""
+    shared = {name: root[name] for name in method.leaves.root if name in root}
+
+    def one(own: Leaves, kernel: Any) -> Any:
+        folded = method.fold({**shared, **own}, {"kernel": kernel})
+        if folded.keys() - {"kernel"}:
+            raise ConfigError(
+                f"{method.name}: the linear modules of experts have no bias; exclude them"
+            )
+        return folded["kernel"]
+
+    after = jax.vmap(one)(dict(own), before)
+    return after if on is None else jnp.where(on[:, None, None], after, before)

@@ -1,0 +1,221 @@
+r"""A mixture of experts in place of a layer's feed-forward.
+
+    y = sum over the k chosen experts e of w_e down_e(act(gate_e(x)) * up_e(x)),
+    p = softmax(x R),    w_e = p_e, or p_e / (sum over the chosen p)
+
+Each token computes with its k experts of largest `p` (Shazeer et al. 2017, section 2.1,
+arXiv:1701.06538; Jiang et al. 2024, "Mixtral of Experts", section 2.1, arXiv:2401.04088). Copies of
+the tokens are sorted by expert, so that each expert computes consecutive rows
+(`jaxpeft.kernels.grouped`); no token is dropped. On a mesh, each shard of the rows is sorted alone.
+
+The load-balancing loss is `E sum over e of f_e P_e`, with the mean number of times `f_e` that a
+token chooses expert e, and the mean `P_e` of `p_e`, over the tokens of all layers (Fedus et al.
+2022, "Switch Transformers", section 2.2, arXiv:2101.03961).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.core import paths
+from jaxpeft.kernels import grouped
+from jaxpeft.models.activations import ACTIVATIONS
+from jaxpeft.models.base import ROUTING, ModelOptions
+from jaxpeft.models.layers import dense, mark_product
+from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, constrain, size_of
+from jaxpeft.sharding.sizes import ROWS, SEQUENCE
+
+Array = jax.Array
+_CHOICES, _PROBABILITIES, _TOKENS = "choices", "probabilities", "tokens"
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of a layer.
+
+    Attributes:
+        module: name of the module in a layer.
+        names: names of the modules gate, up and down of an expert.
+        experts: number of experts.
+        chosen: number of experts of a token.
+        width: width of an expert.
+        normalized: whether the weights of a token's experts sum to 1.
+        balance: weight of the load-balancing loss; 0 for none.
+    """
+
+    module: str
+    names: tuple[str, str, str]
+    experts: int
+    chosen: int
+    width: int
+    normalized: bool
+    balance: float
+
+
+class ExpertDense(nn.Module):
+    """A linear module with one kernel `[in, out]` for each expert.
+
+    Attributes:
+        experts: number of experts.
+        features: number of outputs.
+        dtype: dtype of the products.
+    """
+
+    experts: int
+    features: int
+    dtype: Any
+
+    @nn.compact
+    def grouped(self, x: Array, sizes: Array) -> Array:
+        """Return `x_i W_e` for rows `[..., rows, in]` sorted by expert.
+
+        Args:
+            x: the rows.
+            sizes: `[..., experts]` int32, the number of rows of each expert.
+        """
+        init = nn.initializers.lecun_normal(batch_axis=(0,))
+        shape = (self.experts, x.shape[-1], self.features)
+        kernel = self.param("kernel", init, shape, jnp.float32)
+        return grouped.product(x.astype(self.dtype), kernel, sizes)
+
+
+class _Experts(nn.Module):
+    """The feed-forward of all experts."""
+
+    mixture: Mixture
+    activation: str
+    options: ModelOptions
+
+    @nn.compact
+    def __call__(self, x: Array, sizes: Array) -> Array:
+        m = self.mixture
+        gate, up, down = (
+            ExpertDense(m.experts, width, self.options.dtype, name=name)
+            for width, name in zip((m.width, m.width, x.shape[-1]), m.names, strict=True)
+        )
+        h, gain = (mark_product(part.grouped(x, sizes)) for part in (gate, up))
+        return down.grouped(ACTIVATIONS[self.activation](h) * gain, sizes)
+
+
+class SparseFeedForward(nn.Module):
+    """The router and the experts of a layer."""
+
+    mixture: Mixture
+    activation: str
+    options: ModelOptions
+
+    @nn.compact
+    def __call__(
+        self, x: Array, residual: Array, finish: Callable[[Array], Array], real: Array | None
+    ) -> Array:
+        """Map `x [batch, length, d]`, and add it to the residual stream.
+
+        Args:
+            x: the normalized residual stream.
+            residual: `x` before the norm.
+            finish: what is applied to the result before the sum.
+            real: `[batch, length]`, nonzero for tokens that count in the load-balancing loss; None
+                if all do.
+        """
+        m = self.mixture
+        router = dense(m.experts, "gate", self.options, bias=False)
+        p = jax.nn.softmax(router(x).astype(jnp.float32), axis=-1)
+        weights, chosen = jax.lax.top_k(p, m.chosen)
+        if m.normalized:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        _sow_routing(self, p, chosen, real)
+        run = _Experts(m, self.activation, self.options, name="experts")
+        rows, back = _by_shard(x)
+        copies = _by_shard(chosen)[0].reshape(len(rows), -1)
+        order = jnp.argsort(copies, axis=-1, stable=True)
+        inverse = jnp.argsort(order, axis=-1)
+        sizes = jnp.sum(jax.nn.one_hot(copies, m.experts, dtype=jnp.int32), axis=1)
+        spread = _permute(jnp.repeat(rows, m.chosen, axis=1), order, inverse)
+        out = _permute(run(spread, sizes), inverse, order)
+        out = back(out.reshape(*rows.shape[:2], m.chosen, -1)).astype(jnp.float32)
+        out = jnp.sum(out * weights[..., None], axis=-2).astype(x.dtype)
+        return constrain(residual + finish(out), BATCH, LENGTH, HIDDEN)
+
+
+def _by_shard(x: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """Return the tokens of each shard of the rows and positions, and the inverse.
+
+    Args:
+        x: `[batch, length, ...]`.
+
+    Returns:
+        `[shards, tokens, ...]`, and a function from `[shards, tokens, ...]` to
+        `[batch, length, ...]`.
+    """
+    batch, length = x.shape[:2]
+    rows, parts = size_of(*ROWS), size_of(SEQUENCE)
+    rows, parts = (rows if batch % rows == 0 else 1), (parts if length % parts == 0 else 1)
+    split = (rows, batch // rows, parts, length // parts)
+
+    def back(y: Array) -> Array:
+        y = y.reshape(rows, parts, batch // rows, length // parts, *y.shape[2:])
+        return jnp.swapaxes(y, 1, 2).reshape(batch, length, *y.shape[4:])
+
+    y = jnp.swapaxes(x.reshape(*split, *x.shape[2:]), 1, 2)
+    return y.reshape(rows * parts, -1, *x.shape[2:]), back
+
+
+@jax.custom_vjp
+def _permute(x: Array, order: Array, inverse: Array) -> Array:
+    """Return the rows of `x [shards, rows, d]` in another order.
+
+    The gradient is a gather too, in the inverse order: a scatter would add in no fixed order.
+    """
+    del inverse
+    return jnp.take_along_axis(x, order[..., None], axis=1)
+
+
+def _permute_forward(x: Array, order: Array, inverse: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _permute(x, order, inverse), (order, inverse)
+
+
+def _permute_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, None, None]:
+    order, inverse = saved
+    return _permute(dy, inverse, order), None, None
+
+
+_permute.defvjp(_permute_forward, _permute_backward)
+
+
+def _sow_routing(module: nn.Module, p: Array, chosen: Array, real: Array | None) -> None:
+    """Sow the sums of a layer for the load-balancing loss, if `ROUTING` is mutable.
+
+    Args:
+        module: the module of the layer.
+        p: `[batch, length, experts]`, the probabilities.
+        chosen: `[batch, length, k]`, the chosen experts.
+        real: see `SparseFeedForward`.
+    """
+    if not module.is_mutable_collection(ROUTING) or module.is_initializing():
+        return
+    counted = jnp.ones(p.shape[:2]) if real is None else (real != 0).astype(jnp.float32)
+    counts = jnp.sum(jax.nn.one_hot(chosen, p.shape[-1]), axis=2)
+    module.sow(ROUTING, _CHOICES, jnp.einsum("ble,bl->e", counts, counted))
+    module.sow(ROUTING, _PROBABILITIES, jnp.einsum("ble,bl->e", p, counted))
+    module.sow(ROUTING, _TOKENS, jnp.sum(counted))
+
+
+def balance_loss(routing: Mapping[str, Any]) -> Array:
+    """Return the load-balancing loss of a call, a float32 scalar.
+
+    Args:
+        routing: the collection `ROUTING` of the call.
+    """
+    sums: dict[str, Array] = {}
+    for path, (leaf,) in paths.walk(routing):
+        flat = leaf.reshape(-1, *leaf.shape[leaf.ndim - (path[-1] != _TOKENS) :]).sum(axis=0)
+        sums[path[-1]] = sums[path[-1]] + flat if path[-1] in sums else flat
+    tokens = jnp.maximum(sums[_TOKENS], 1.0)
+    f, mean = sums[_CHOICES] / tokens, sums[_PROBABILITIES] / tokens
+    return f.size * jnp.sum(f * mean)
