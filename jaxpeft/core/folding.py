@@ -16,6 +16,7 @@ from jaxpeft.core.rewriting import (
     layer_of,
 )
 from jaxpeft.core.targets import Site
+from jaxpeft.core.tree import stack_leaves
 from jaxpeft.errors import ConfigError
 
 
@@ -116,7 +117,4 @@ def _fold_layers(
                 if key in kept
             }
         )
-    if not site.layers:
-        return layers[0]
-    stacked = {key: jnp.stack([layer[key] for layer in layers]) for key in layers[0]}
-    return {key: leaf.reshape(*site.layers, *leaf.shape[1:]) for key, leaf in stacked.items()}
+    return {key: stack_leaves([layer[key] for layer in layers], site.layers) for key in layers[0]}

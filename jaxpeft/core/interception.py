@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from jaxpeft import kernels
-from jaxpeft.core import experts, views
+from jaxpeft.core import expert_sites, views
 from jaxpeft.core.method import Call
 from jaxpeft.core.specs import Computation
 from jaxpeft.errors import ConfigError
@@ -63,7 +63,7 @@ class Hooks:
         """
         if name == TOGETHER:
             return self._together(module, base, key is not None)
-        if name == experts.GROUPED:
+        if name == expert_sites.GROUPED:
             return self._grouped(module, leaves)
         alone = self._linear(module, key is not None) if name == "__call__" else None
         if alone is not None and alone.factors is not None:
@@ -104,11 +104,11 @@ class Hooks:
             if marker in leaves and marker not in kernels.FORMS
         ]
         for method in adapters:
-            if self.rows is not None or not experts.adapts_experts(method):
+            if self.rows is not None or not expert_sites.adapts_experts(method):
                 what = method.name if self.rows is None else "an adapter stack"
                 where = "/".join(map(str, module.path))
                 raise ConfigError(f"{where}: {what} cannot adapt experts; exclude them")
-        return lambda x, sizes: experts.compute(leaves, self.root, adapters, x, sizes)
+        return lambda x, sizes: expert_sites.compute(leaves, self.root, adapters, x, sizes)
 
     def _linear(self, module: Any, training: bool) -> joint.LinearSite | None:
         """Return a module in the form `x W + x A B`; None if it computes anything else."""
@@ -208,7 +208,7 @@ def interceptor(hooks: Hooks) -> Callable[..., Any]:
     """Return the function for `flax.linen.intercept_methods`."""
     names = {
         TOGETHER,
-        experts.GROUPED,
+        expert_sites.GROUPED,
         *(name for method in hooks.methods.values() for name in method.sites.hooks),
     }
 

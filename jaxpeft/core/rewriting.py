@@ -13,10 +13,11 @@ import numpy as np
 
 from jaxpeft import kernels
 from jaxpeft.core import paths, targets
-from jaxpeft.core.experts import adapts_experts
+from jaxpeft.core.expert_sites import adapts_experts
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import Site
+from jaxpeft.core.tree import stack_leaves
 from jaxpeft.errors import ConfigError, TargetError, show
 
 
@@ -191,10 +192,10 @@ def site_leaves(
             " options their leaves have different sizes, which cannot be padded; load the model"
             " with scan_layers=False"
         )
-    stacked = _stack_with_padding(layers)
+    stacked = _stack_with_padding(layers, site.layers)
     if not all(on) and not method.leaves.zero_is_base:
-        stacked[method.leaves.names[-1]] = jnp.asarray(on)
-    return {key: leaf.reshape(*site.layers, *leaf.shape[1:]) for key, leaf in stacked.items()}
+        stacked[method.leaves.names[-1]] = jnp.asarray(on).reshape(site.layers)
+    return stacked
 
 
 def kernel_of(site: Site, base: Leaves, i: int) -> jax.Array:
@@ -210,7 +211,9 @@ def layer_of(site: Site, leaves: Leaves, i: int) -> dict[str, Any]:
     return {key: leaf[site.index(i)] for key, leaf in own.items()} if site.layers else own
 
 
-def _stack_with_padding(layers: list[dict[str, jax.Array] | None]) -> dict[str, jax.Array]:
+def _stack_with_padding(
+    layers: list[dict[str, jax.Array] | None], sizes: tuple[int, ...]
+) -> dict[str, jax.Array]:
     """Stack the leaves of all layers, zero-padded to the largest shape; None is a zero layer."""
     adapted = [layer for layer in layers if layer is not None]
     out: dict[str, jax.Array] = {}
@@ -221,7 +224,7 @@ def _stack_with_padding(layers: list[dict[str, jax.Array] | None]) -> dict[str, 
         rows = [
             layer[key] if layer else jnp.zeros(shape, adapted[0][key].dtype) for layer in layers
         ]
-        out[key] = jnp.stack([_pad(row, shape) for row in rows])
+        out[key] = stack_leaves([_pad(row, shape) for row in rows], sizes)
     return out
 
 

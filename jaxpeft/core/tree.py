@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -82,6 +82,18 @@ def count(tree: Mapping[str, Any]) -> int:
     A quantized kernel counts like the unquantized one.
     """
     return sum(kernels.parameters(path[-1], leaf.shape) for path, leaf in paths.walk(tree))
+
+
+def stack_leaves(leaves: Sequence[Any], layers: tuple[int, ...]) -> Any:
+    """Return the leaves of all layers as one leaf.
+
+    Args:
+        leaves: one leaf per layer and expert, at least one.
+        layers: the sizes of the stacked axes; empty if there are none.
+    """
+    for size in reversed(layers):  # axis by axis: a program with thousands of inputs compiles long
+        leaves = [jnp.stack(leaves[i : i + size]) for i in range(0, len(leaves), size)]
+    return leaves[0]
 
 
 def stack_layers(params: Mapping[str, Any]) -> Tree:

@@ -24,6 +24,7 @@ from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.rewriting import adapter_names, trainable_mask
 from jaxpeft.core.targets import Site
+from jaxpeft.core.tree import stack_leaves
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub.adapters.settings import Settings
 from jaxpeft.hub.loading import Outline
@@ -35,7 +36,7 @@ from jaxpeft.methods import MARKERS
 from jaxpeft.models import FAMILIES
 from jaxpeft.models.base import Pretrained
 from jaxpeft.models.composite import COMPOSITE
-from jaxpeft.quant.quantize import Quant, stack_layers
+from jaxpeft.quant.quantize import Quant
 
 HEADS = {
     "causal_lm": "ForCausalLM",
@@ -170,7 +171,7 @@ def round_to_quantized(params: Tree, quant: Quant) -> None:
         node = paths.get(params, path[:-1])
         stored = quant.store_layers(node["kernel"].__getitem__, site.layers)
         layers = ({key: leaf[i] for key, leaf in stored.items()} for i in np.ndindex(site.layers))
-        node["kernel"] = stack_layers(
+        node["kernel"] = stack_leaves(
             [kernels.read(one, site.shape) for one in layers], site.layers
         )
 

@@ -41,11 +41,17 @@ def start(method: LoRA, params: Leaves, run: Any) -> tuple[Method, Leaves]:
         `(method, params)`: a plain LoRA with these ranks, and the tree with these A.
 
     Raises:
-        ConfigError: There are no batches.
+        ConfigError: There are no batches, or it adapts experts, which see different inputs.
     """
     from jaxpeft.core import paths
     from jaxpeft.core.rewriting import chosen_sites
 
+    experts = next((site.name for site in chosen_sites(method, params) if site.experts), None)
+    if experts is not None:
+        raise ConfigError(
+            "method.init_weights: 'eva' cannot initialize the adapters of experts; exclude them,"
+            f" such as {experts}, or choose another initialization"
+        )
     most = max(1, round(method.eva_rho * method.rank))
 
     def update(state: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from jaxpeft.core.expressions import find_expression_fault
 from jaxpeft.core.options import take_aliases
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import ALL_LINEAR, Site, Targets
+from jaxpeft.core.tree import stack_leaves
 from jaxpeft.errors import ConfigError, nearest, show
 from jaxpeft.kernels import QUANTIZED
 
@@ -206,7 +207,7 @@ class Quant:
         store = jax.jit(self.store())
         stored = [jax.block_until_ready(store(read(index))) for index in np.ndindex(layers)]
         return {
-            key: stack_layers([leaves[key] for leaves in stored], layers)
+            key: stack_leaves([leaves[key] for leaves in stored], layers)
             for key in QUANTIZED[self.form].leaves
         }
 
@@ -236,16 +237,6 @@ def stored_abstract(params: Mapping[str, Any], quant: Quant | None) -> Tree:
             shape = (*sites[path].layers, *part.shape)
             items.append(((*path[:-1], key), jax.ShapeDtypeStruct(shape, part.dtype)))
     return paths.build(items)
-
-
-def stack_layers(leaves: Sequence[jax.Array], layers: tuple[int, ...]) -> jax.Array:
-    """Return the leaves of all layers as one leaf.
-
-    Args:
-        leaves: one leaf per layer and expert, at least one.
-        layers: the sizes of the stacked axes; empty if there are none.
-    """
-    return jnp.stack(leaves).reshape(*layers, *leaves[0].shape) if layers else leaves[0]
 
 
 def _suffixes(chosen: list[Site], sites: list[Site]) -> tuple[str, ...]:
@@ -332,5 +323,5 @@ def dequantize(params: Mapping[str, Any], dtype: Any = jnp.float32) -> Tree:
         held = {key: items.pop((*site.path, key)) for key in kernels.FORMS[form].leaves}
         layers = ({key: leaf[i] for key, leaf in held.items()} for i in np.ndindex(site.layers))
         decoded = [kernels.read(layer, site.shape).astype(dtype) for layer in layers]
-        items[*site.path, "kernel"] = stack_layers(decoded, site.layers)
+        items[*site.path, "kernel"] = stack_leaves(decoded, site.layers)
     return paths.build(list(items.items()))

@@ -20,8 +20,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from jaxpeft.core.tree import stack_leaves
 from jaxpeft.kernels import QUANTIZED
-from jaxpeft.quant.quantize import Quant, stack_layers
+from jaxpeft.quant.quantize import Quant
 
 Shardings = Mapping[str, Sharding]
 
@@ -211,4 +212,4 @@ def _put_back(
 
 @functools.lru_cache(maxsize=256)
 def _stack(place: Sharding, sizes: tuple[int, ...]) -> Callable[[list[jax.Array]], jax.Array]:
-    return jax.jit(partial(stack_layers, layers=sizes), out_shardings=place)
+    return jax.jit(partial(stack_leaves, layers=sizes), out_shardings=place)

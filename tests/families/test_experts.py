@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jaxpeft
-from jaxpeft.core.experts import adapts_experts
+from jaxpeft.core.expert_sites import adapts_experts
 from jaxpeft.errors import ConfigError, TargetError
 from jaxpeft.methods import METHODS
 from jaxpeft.models.base import ROUTING
