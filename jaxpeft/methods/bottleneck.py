@@ -22,10 +22,11 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from jaxpeft.core.method import Call, Leaves
 from jaxpeft.core.options import option
+from jaxpeft.core.paths import EXPERTS
 from jaxpeft.core.peft_format import PeftFormat
 from jaxpeft.core.specs import SiteSpec
 from jaxpeft.core.targets import Site, Targets, usual_targets
-from jaxpeft.errors import ConfigError
+from jaxpeft.errors import ConfigError, TargetError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.dropping import drop_input
 from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted, TargetedFormat
@@ -230,11 +231,21 @@ class Bottleneck(Targeted):
         return found
 
     def where(self, names: tuple[str, ...]) -> Targets:
-        """Return the target options; by default the last modules of the sub-layers."""
+        """Return the target options; by default the last modules of the sub-layers.
+
+        Raises:
+            TargetError: Feed-forwards are to be adapted, but experts are in their place.
+        """
         wanted = super().where(names)
         if self.targets != "default":
             return wanted
         on = _USUAL[self.placement] if self.sublayers == "default" else self.sublayers
+        expert = next((name for name in names if f".{EXPERTS}." in name), None)
+        if on != "attention" and expert is not None and not usual_targets(FEED_FORWARD, names):
+            raise TargetError(
+                f"{self.name}.sublayers: {on!r} adapts feed-forwards, but this model has experts in"
+                f" their place, such as {expert}; set sublayers to 'attention'"
+            )
         entries = usual_targets(
             ATTENTION * (on != "feed_forward") + FEED_FORWARD * (on != "attention"), names
         )

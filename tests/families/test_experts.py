@@ -227,6 +227,11 @@ def test_an_adapter_that_cannot_adapt_experts_is_refused(reference: Make) -> Non
         TargetError, match=r"adapter cannot adapt experts, such as model\.layers\.0"
     ):
         jaxpeft.rewrite(jaxpeft.Adapter(targets=("down_proj",)), base, key)
+    with pytest.raises(
+        TargetError, match=r"sublayers: 'both' adapts feed-forwards, but this model"
+    ):
+        jaxpeft.rewrite(jaxpeft.Adapter(placement="houlsby"), base, key)
+    jaxpeft.rewrite(jaxpeft.Adapter(placement="houlsby", sublayers="attention"), base, key)
     only_attention = jaxpeft.rewrite(jaxpeft.LoRA(dropout=0.1, targets=("q_proj",)), base, key)
     assert "lora_a" in only_attention["model"]["layers"]["self_attn"]["q_proj"]
 

@@ -279,7 +279,7 @@ def test_one_wrong_number_is_one_problem(tiny_config):
     assert len(caught.value.problems) == 1
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "lama", "berta", None, []])
+@pytest.mark.parametrize("kind", ["mixtrall", "qwen2_moe", "lama", "berta", None, []])
 def test_an_unknown_architecture_names_the_known_ones_and_invites_no_edit(kind):
     with pytest.raises(ConfigError) as caught:
         build({"model_type": kind})
@@ -289,7 +289,7 @@ def test_an_unknown_architecture_names_the_known_ones_and_invites_no_edit(kind):
         f"(supported: {', '.join((*models.FAMILIES, 'gemma3', 'mistral3'))}); use a model of one of these"
         in str(caught.value)
     )
-    nearest = {"mixtral": "mistral", "qwen2_moe": "qwen2", "lama": "llama", "berta": "bert"}
+    nearest = {"mixtrall": "mixtral", "qwen2_moe": "qwen3_moe", "lama": "llama", "berta": "bert"}
     if isinstance(kind, str):
         assert str(caught.value).endswith(f", the nearest of which is {nearest[kind]}")
 
