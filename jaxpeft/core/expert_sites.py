@@ -11,7 +11,7 @@ folded kernels.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,7 +24,10 @@ from jaxpeft.kernels import grouped
 
 Leaves = Mapping[str, Any]
 GROUPED = "grouped"
-"""The method of a linear module of experts: of `x [..., rows, in]` and `sizes [..., experts]`."""
+"""The method of a linear module of experts, with the arguments `x`, `sizes`, `over` of `compute`.
+"""
+Over = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""Lifts `(x [rows, in], sizes [experts], leaves) -> [rows, out]` to `x` and `sizes` of shards."""
 
 
 def adapts_experts(method: Any) -> bool:
@@ -35,7 +38,7 @@ def adapts_experts(method: Any) -> bool:
 
 
 def compute(
-    leaves: Leaves, root: Leaves, methods: Sequence[Computation], x: Any, sizes: Any
+    leaves: Leaves, root: Leaves, methods: Sequence[Computation], x: Any, sizes: Any, over: Over
 ) -> Any:
     """Compute a linear module of experts with the adapters in its leaves.
 
@@ -43,8 +46,9 @@ def compute(
         leaves: the module's own leaves, with a leading expert axis.
         root: the leaves at the root of the tree.
         methods: the methods of its adapters, in the order in which they compute.
-        x: `[..., rows, in]`, sorted by expert.
-        sizes: `[..., experts]` int32, the number of rows of each expert.
+        x: `[shards, rows, in]`, each shard sorted by expert.
+        sizes: `[shards, experts]` int32, the number of rows of each expert.
+        over: computes the products of all shards.
     """
     form = kernels.form_of(leaves) or "kernel"
     stored = {name: leaves[name] for name in kernels.FORMS[form].leaves}
@@ -58,10 +62,14 @@ def compute(
         else:
             before = jax.vmap(kernels.FORMS[form].read)(stored).astype(jnp.float32)
             stored, form = {"kernel": _fold(method, own, root, before, on)}, "kernel"
-    y = grouped.stored_product(x, stored, sizes)
-    for a, b in low_rank:
-        y = y + grouped.product(grouped.product(x, a, sizes), b, sizes)
-    return y
+
+    def products(x: Any, sizes: Any, stored: Leaves, low_rank: Sequence[tuple[Any, Any]]) -> Any:
+        y = grouped.stored_product(x, stored, sizes)
+        for a, b in low_rank:
+            y = y + grouped.product(grouped.product(x, a, sizes), b, sizes)
+        return y
+
+    return over(products)(x, sizes, stored, low_rank)
 
 
 def _factors(method: Computation, own: Leaves) -> tuple[Any, Any] | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -108,7 +109,7 @@ class Hooks:
                 what = method.name if self.rows is None else "an adapter stack"
                 where = "/".join(map(str, module.path))
                 raise ConfigError(f"{where}: {what} cannot adapt experts; exclude them")
-        return lambda x, sizes: expert_sites.compute(leaves, self.root, adapters, x, sizes)
+        return partial(expert_sites.compute, leaves, self.root, adapters)
 
     def _linear(self, module: Any, training: bool) -> joint.LinearSite | None:
         """Return a module in the form `x W + x A B`; None if it computes anything else."""

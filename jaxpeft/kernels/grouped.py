@@ -9,13 +9,12 @@ section 4 (arXiv:2211.15841), describes such products.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from jaxpeft import kernels
 from jaxpeft.kernels.form import Quantized
-from jaxpeft.lazy import jax, jnp
+from jaxpeft.lazy import jax
 
 Leaves = Mapping[str, Any]
 
@@ -24,20 +23,14 @@ def product(x: Any, kernel: Any, sizes: Any) -> Any:
     """Compute `x_i W_g` for each row.
 
     Args:
-        x: `[..., rows, in]`, floating, sorted by group.
+        x: `[rows, in]`, floating, sorted by group.
         kernel: `[groups, in, out]`; cast to the dtype of `x`.
-        sizes: `[..., groups]` int32, the number of rows of each group.
+        sizes: `[groups]` int32, the number of rows of each group.
 
     Returns:
-        `[..., rows, out]`, in the dtype of `x`.
+        `[rows, out]`, in the dtype of `x`.
     """
-    lead, kernel, run = x.shape[:-2], kernel.astype(x.dtype), jax.lax.ragged_dot
-    if math.prod(lead) == 1:
-        y = run(x.reshape(x.shape[-2:]), kernel, sizes.reshape(-1))
-        return y.reshape(*lead, *y.shape)
-    for _ in lead:
-        run = jax.vmap(run)  # which needs the kernels along each axis
-    return run(x, jnp.broadcast_to(kernel, (*lead, *kernel.shape)), sizes)
+    return jax.lax.ragged_dot(x, kernel.astype(x.dtype), sizes)
 
 
 def stored_product(x: Any, leaves: Leaves, sizes: Any) -> Any:

@@ -22,8 +22,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxpeft.core import paths
+from jaxpeft.core.expert_sites import Over
 from jaxpeft.kernels import grouped
 from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.base import ROUTING, ModelOptions
@@ -72,17 +74,19 @@ class ExpertDense(nn.Module):
     dtype: Any
 
     @nn.compact
-    def grouped(self, x: Array, sizes: Array) -> Array:
-        """Return `x_i W_e` for rows `[..., rows, in]` sorted by expert.
+    def grouped(self, x: Array, sizes: Array, over: Over) -> Array:
+        """Return `x_i W_e` for each row.
 
         Args:
-            x: the rows.
-            sizes: `[..., experts]` int32, the number of rows of each expert.
+            x: `[shards, rows, in]`, each shard sorted by expert.
+            sizes: `[shards, experts]` int32, the number of rows of each expert.
+            over: computes the products of all shards.
         """
         init = nn.initializers.lecun_normal(batch_axis=(0,))
         shape = (self.experts, x.shape[-1], self.features)
         kernel = self.param("kernel", init, shape, jnp.float32)
-        return grouped.product(x.astype(self.dtype), kernel, sizes)
+        run = over(lambda x, sizes, kernel: grouped.product(x, kernel, sizes))
+        return run(x.astype(self.dtype), sizes, kernel)
 
 
 class _Experts(nn.Module):
@@ -93,14 +97,14 @@ class _Experts(nn.Module):
     options: ModelOptions
 
     @nn.compact
-    def __call__(self, x: Array, sizes: Array) -> Array:
+    def __call__(self, x: Array, sizes: Array, over: Over) -> Array:
         m = self.mixture
         gate, up, down = (
             ExpertDense(m.experts, width, self.options.dtype, name=name)
             for width, name in zip((m.width, m.width, x.shape[-1]), m.names, strict=True)
         )
-        h, gain = (mark_product(part.grouped(x, sizes)) for part in (gate, up))
-        return down.grouped(ACTIVATIONS[self.activation](h) * gain, sizes)
+        h, gain = (mark_product(part.grouped(x, sizes, over)) for part in (gate, up))
+        return down.grouped(ACTIVATIONS[self.activation](h) * gain, sizes, over)
 
 
 class SparseFeedForward(nn.Module):
@@ -131,39 +135,83 @@ class SparseFeedForward(nn.Module):
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         _sow_routing(self, p, chosen, real)
         run = _Experts(m, self.activation, self.options, name="experts")
-        rows, back = _by_shard(x)
-        copies = _by_shard(chosen)[0].reshape(len(rows), -1)
+        shards = _shards(*x.shape[:2])
+        rows = shards.split(x)
+        copies = shards.split(chosen).reshape(len(rows), -1)
         order = jnp.argsort(copies, axis=-1, stable=True)
         inverse = jnp.argsort(order, axis=-1)
         sizes = jnp.sum(jax.nn.one_hot(copies, m.experts, dtype=jnp.int32), axis=1)
         spread = _permute(jnp.repeat(rows, m.chosen, axis=1), order, inverse)
-        out = _permute(run(spread, sizes), inverse, order)
-        out = back(out.reshape(*rows.shape[:2], m.chosen, -1)).astype(jnp.float32)
+        out = _permute(run(spread, sizes, shards.over), inverse, order)
+        out = shards.join(out.reshape(*rows.shape[:2], m.chosen, -1)).astype(jnp.float32)
         out = jnp.sum(out * weights[..., None], axis=-2).astype(x.dtype)
         return constrain(residual + finish(out), BATCH, LENGTH, HIDDEN)
 
 
-def _by_shard(x: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """Return the tokens of each shard of the rows and positions, and the inverse.
+@dataclass(frozen=True)
+class _Shards:
+    """How the tokens of a batch are spread over devices.
 
-    Args:
-        x: `[batch, length, ...]`.
-
-    Returns:
-        `[shards, tokens, ...]`, and a function from `[shards, tokens, ...]` to
-        `[batch, length, ...]`.
+    Attributes:
+        batch: number of rows.
+        length: number of positions.
+        rows: number of shards of the rows.
+        parts: number of shards of the positions.
     """
-    batch, length = x.shape[:2]
+
+    batch: int
+    length: int
+    rows: int
+    parts: int
+
+    def split(self, x: Array) -> Array:
+        """Return the tokens `[shards, tokens, ...]` of each shard, from `[batch, length, ...]`."""
+        rest = x.shape[2:]
+        split = (self.rows, self.batch // self.rows, self.parts, self.length // self.parts)
+        return jnp.swapaxes(x.reshape(*split, *rest), 1, 2).reshape(
+            self.rows * self.parts, -1, *rest
+        )
+
+    def join(self, y: Array) -> Array:
+        """Return `[batch, length, ...]`, the inverse of `split`."""
+        rest = y.shape[2:]
+        split = (self.rows, self.parts, self.batch // self.rows, self.length // self.parts)
+        return jnp.swapaxes(y.reshape(*split, *rest), 1, 2).reshape(self.batch, self.length, *rest)
+
+    def over(self, fn: Callable[..., Array]) -> Callable[..., Array]:
+        """Lift a function of the rows and sizes of one shard, and of leaves, to all shards.
+
+        Each device computes its own shard; along `tensor` the partitioner shards the products.
+        """
+        axes = ROWS * (self.rows > 1) + (SEQUENCE,) * (self.parts > 1)
+
+        def one(x: Array, sizes: Array, *leaves: Any) -> Array:
+            return fn(x[0], sizes[0], *leaves)[None]
+
+        if not axes:
+            return one
+        each = PartitionSpec(axes)
+
+        def every(x: Array, sizes: Array, *leaves: Any) -> Array:
+            whole = jax.tree.map(lambda _: PartitionSpec(), leaves)
+            run = jax.shard_map(
+                one,
+                in_specs=(each, each, *whole),
+                out_specs=each,
+                axis_names=set(axes),
+                check_vma=False,
+            )
+            return run(x, sizes, *leaves)
+
+        return every
+
+
+def _shards(batch: int, length: int) -> _Shards:
+    """Return how the tokens of a batch are spread over the mesh of the current trace."""
     rows, parts = size_of(*ROWS), size_of(SEQUENCE)
-    rows, parts = (rows if batch % rows == 0 else 1), (parts if length % parts == 0 else 1)
-    split = (rows, batch // rows, parts, length // parts)
-
-    def back(y: Array) -> Array:
-        y = y.reshape(rows, parts, batch // rows, length // parts, *y.shape[2:])
-        return jnp.swapaxes(y, 1, 2).reshape(batch, length, *y.shape[4:])
-
-    y = jnp.swapaxes(x.reshape(*split, *x.shape[2:]), 1, 2)
-    return y.reshape(rows * parts, -1, *x.shape[2:]), back
+    return _Shards(
+        batch, length, rows if batch % rows == 0 else 1, parts if length % parts == 0 else 1
+    )
 
 
 @jax.custom_vjp
