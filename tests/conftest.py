@@ -44,7 +44,7 @@ if version("jaxlib").startswith("0.10."):
 
 import jax  # noqa: E402 - after the environment is set
 
-from tests.representatives import mark_others  # noqa: E402
+from tests.representatives import left_out, mark_others  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_compilation_cache_dir", str(CACHE / "jax"))
@@ -60,11 +60,15 @@ gc.set_threshold(200_000, 20, 100)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Choose what `make test` runs, before pytest looks at `-m`; a test that is asked for by its
-    name runs anyway.
+    """Choose what `make test` and `make test-all` run, before pytest looks at `-m`; a test that is
+    asked for by its name runs anyway.
     """
-    if not any("::" in argument for argument in config.args):
-        mark_others(items)
+    if any("::" in argument for argument in config.args):
+        return
+    mark_others(items)
+    others = left_out(items)
+    items[:] = [item for item in items if item not in set(others)]
+    config.hook.pytest_deselected(items=others)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import os
 from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
@@ -29,8 +28,8 @@ from jaxpeft.train.step import init_state, make_train_step
 from tests.conformance.rows import DECODER, ROWS, Row
 from tests.core.helpers import BATCH, QUICK, load, run
 from tests.models import conftest as models
+from tests.representatives import FULL, case
 from tests.representatives import METHODS as REPRESENTATIVES
-from tests.representatives import case
 
 reference = models.reference  # a fixture, of tiny torch models
 
@@ -171,7 +170,6 @@ def subject_of(name: str, kind: str, scan: bool) -> Subject:
     return Subject(ROWS[name], kind, scan)
 
 
-FULL = os.environ.get("JAXPEFT_CONFORMANCE") == "full"
 MAIN = {f"{name} {kind}" for name, kind in (("adapter", "houlsby"),)}
 SUBJECTS = [
     pytest.param(name, kind, scan, id=f"{name}-{kind}-{'scanned' if scan else 'unrolled'}")
@@ -181,7 +179,7 @@ SUBJECTS = [
     for kind in (row.models if name in METHODS or name in MAIN else row.models[:1])
     for scan in ((False, True) if row.scanned and (name in METHODS or name in MAIN) else (False,))
     # by default a decoder that is scanned and an encoder that is not; all four with
-    # JAXPEFT_CONFORMANCE=full
+    # JAXPEFT_TESTS=full
     if FULL
     or len(row.models) == 1
     or not row.scanned
@@ -231,9 +229,15 @@ def every_subject(test: Any) -> Any:
     return pytest.mark.parametrize("subject", chosen, indirect=True)(test)
 
 
+def subjects_in_turn(test: Any) -> Any:
+    """Run a test on every method, in turn on the scanned decoder or the unrolled encoder."""
+    turn = pytest.mark.alternatives("llama-scanned", "bert-unrolled", together=True)
+    return turn(every_subject(test))
+
+
 def every_method(*, scan: bool | None = None, kind: str | None = None) -> Any:
     """Run a test on every method, on one model and one way to run the layers; with
-    JAXPEFT_CONFORMANCE=full on all, and on variants.
+    JAXPEFT_TESTS=full on all, and on variants.
 
     Each needs programs of its own, whose compilation is most of the time of these tests.
 

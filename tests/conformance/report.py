@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAXPEFT_CONFORMANCE", "full")
+os.environ.setdefault("JAXPEFT_TESTS", "full")
 
 import jax
 import pytest

@@ -17,7 +17,14 @@ from jaxpeft.core.folding import can_fold
 from jaxpeft.core.tree import combine
 from jaxpeft.errors import ConfigError
 from jaxpeft.train.begin import fixed_leaves
-from tests.conformance.conftest import Subject, every_method, every_subject, moved, subject_of
+from tests.conformance.conftest import (
+    Subject,
+    every_method,
+    every_subject,
+    moved,
+    subject_of,
+    subjects_in_turn,
+)
 from tests.conformance.probing import in_one_batch, on_quantized, quantized
 from tests.conformance.rows import ROWS
 from tests.core.helpers import BATCH, QUICK, assert_bits, largest, load
@@ -35,7 +42,7 @@ def close(a: Any, b: Any, tolerance: float = TOLERANCE) -> bool:
     )
 
 
-@every_subject
+@subjects_in_turn
 @pytest.mark.representatives("ia3-*", "prefix-*", "prompt-*")
 def test_a_fresh_adapter_leaves_the_output_bit_identical_op_by_op_or_says_why_not(
     subject: Subject,
@@ -51,12 +58,12 @@ def test_a_fresh_adapter_leaves_the_output_bit_identical_op_by_op_or_says_why_no
     np.testing.assert_array_equal(fresh, base)
 
 
-@every_subject
+@subjects_in_turn
 def test_a_moved_adapter_changes_the_output(subject: Subject) -> None:
     assert not close(subject.logits(subject.moved), subject.logits(subject.base), 1e-3)
 
 
-@every_subject
+@subjects_in_turn
 @pytest.mark.representatives("lora-*", "vera-*", "prefix-*", "ia3-*", "ln_tuning-*")
 def test_only_trained_leaves_receive_gradient_and_every_one_does(subject: Subject) -> None:
     state, frozen, _ = subject.trained
@@ -78,7 +85,7 @@ def may_stand_still(name: str) -> bool:
     )
 
 
-@every_subject
+@subjects_in_turn
 def test_the_base_is_bit_unchanged_after_training(subject: Subject) -> None:
     trained = dict(paths.walk(subject.mask))
     after = dict(paths.walk(subject.after))
@@ -89,7 +96,7 @@ def test_the_base_is_bit_unchanged_after_training(subject: Subject) -> None:
             )
 
 
-@every_subject
+@subjects_in_turn
 def test_the_optimizer_holds_no_array_for_a_frozen_leaf(subject: Subject) -> None:
     state, _, _ = subject.trained
     sizes = {leaf.shape for _, leaf in paths.walk(state.trainable)}
@@ -97,12 +104,12 @@ def test_the_optimizer_holds_no_array_for_a_frozen_leaf(subject: Subject) -> Non
     assert held <= sizes
 
 
-@every_subject
+@subjects_in_turn
 def test_no_second_program_is_compiled_at_the_second_step(subject: Subject) -> None:
     assert subject.trained[2] == 1
 
 
-@every_subject
+@subjects_in_turn
 def test_merged_is_unmerged_or_merging_refuses(subject: Subject) -> None:
     if not all(can_fold(type(part)) for part in subject.method.parts()):
         with pytest.raises(
@@ -121,14 +128,14 @@ def test_merged_is_unmerged_or_merging_refuses(subject: Subject) -> None:
             jaxpeft.merge(subject.method, merged)
 
 
-@every_subject
+@subjects_in_turn
 def test_rewriting_twice_is_refused(subject: Subject) -> None:
     if any(part.leaves.site or part.leaves.root for part in subject.method.parts()):
         with pytest.raises(ConfigError, match="already has"):
             jaxpeft.rewrite(subject.method, subject.fresh, jax.random.key(0))
 
 
-@every_subject
+@subjects_in_turn
 def test_saved_and_loaded_computes_the_same_bits(subject: Subject, tmp_path: Any) -> None:
     jaxpeft.save_adapter(tmp_path / "adapter", subject.method, subject.after, subject.model)
     method, loaded = jaxpeft.load_adapter(tmp_path / "adapter", subject.model, subject.base)

@@ -17,6 +17,7 @@ from jaxpeft.models.composite import composite_name, plain_names
 from tests.export.making import assert_close, ours, theirs
 from tests.hub.helpers import torch_base, trained
 from tests.models.conftest import tiny_config
+from tests.representatives import both_stacks
 
 CAUSAL = "causal_lm"
 pytestmark = pytest.mark.filterwarnings(
@@ -78,7 +79,7 @@ def load(folder: Path, **options: Any) -> Any:
     return jaxpeft.load(folder, task=CAUSAL, dtype="float32", **options)
 
 
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@both_stacks
 @pytest.mark.parametrize("kind", TEXT)
 @pytest.mark.representatives("gemma3-scanned")
 def test_its_text_model_gives_the_logits_of_transformers(make: Make, kind: str, scan: bool) -> None:

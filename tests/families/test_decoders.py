@@ -22,6 +22,7 @@ from tests.hub.helpers import peft_load, peft_save, torch_base, trained
 from tests.inference.test_generation import MOST, PROMPTS
 from tests.inference.test_generation import theirs as generated
 from tests.models.conftest import Reference, forward
+from tests.representatives import both_stacks
 
 CAUSAL = "causal_lm"
 NEW = tuple(kind for kind in DECODER_FAMILIES if kind not in ("llama", "mistral", "qwen2", "qwen3"))
@@ -33,7 +34,6 @@ LACKING = {
 }
 """Families without a class of a task in transformers."""
 every_family = pytest.mark.parametrize("kind", NEW)
-both_stacks = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )

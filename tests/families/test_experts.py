@@ -24,6 +24,7 @@ from jaxpeft.train.step import make_loss_sum
 from tests.export.making import assert_close, ours, theirs
 from tests.hub.helpers import peft_load, peft_save, trained
 from tests.models.conftest import Reference, forward, make_batch
+from tests.representatives import both_stacks
 
 CAUSAL = "causal_lm"
 EXPERTS = {
@@ -31,7 +32,6 @@ EXPERTS = {
     "qwen3_moe": ("gate_proj", "up_proj", "down_proj"),
 }
 every_family = pytest.mark.parametrize("kind", EXPERTS)
-both_stacks = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 Make = Callable[..., Reference]
 
 

@@ -35,6 +35,8 @@ from tests.train.runs import tiny_models, write_config, write_rows
 
 __all__ = ["tiny_models"]
 ROOT = Path(__file__).parents[2]
+PROGRAMS = ROOT / ".pytest_cache" / "programs"
+"""The compiled programs of all runs, most of which are the same."""
 STEPS = 8
 MOST_LINES = 5
 IN_TIME = 60.0
@@ -208,9 +210,7 @@ class Job:
         """
         said = self.config.parent / f"said-{os.getpid()}.txt"
         given = ["--config", str(self.config), "--workdir", str(self.workdir), *arguments]
-        process = _context().Process(
-            target=run, args=(given, fault, str(said), str(self.config.parent / "jax"))
-        )
+        process = _context().Process(target=run, args=(given, fault, str(said), str(PROGRAMS)))
         began = time.perf_counter()
         process.start()
         process.join(kill_after or 600)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.faults.conftest import Done, Job, _context, run
+from tests.faults.conftest import PROGRAMS, Done, Job, _context, run
 
 HEARTBEAT = 10
 """Seconds of the runs that lose a process. Others wait as long as users' do: a busy machine is no
@@ -91,7 +91,7 @@ class Team:
                 *arguments,
                 *member.arguments,
             ]
-            told = said[i], self.job.config.parent / "jax", self.batches(i)
+            told = said[i], PROGRAMS, self.batches(i)
             process = _context().Process(
                 target=take_part, args=(given, member, self.devices, *told)
             )

@@ -63,6 +63,7 @@ def team(two: Team, tmp_path: Path) -> Team:
     return Team(two.job.at(tmp_path / "run"), 2)
 
 
+@pytest.mark.alternatives("0-in", "1-in")
 @pytest.mark.parametrize(
     ("process", "fault"), [(1, "in_step:3:term"), (0, "in_step:3:term"), (1, "in_compile:1:term")]
 )
@@ -90,6 +91,7 @@ def test_case_7_a_signal_to_one_process_stops_both_at_the_same_step(
     marks.same_end(team.job, two.job)
 
 
+@pytest.mark.alternatives("0", "1")
 @pytest.mark.parametrize("process", [1, 0])
 @pytest.mark.slow
 def test_case_8_a_process_that_is_killed_ends_the_other_and_all_go_on_together(

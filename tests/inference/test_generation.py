@@ -19,6 +19,7 @@ from tests.conformance.conftest import moved
 from tests.core.helpers import load
 from tests.models.conftest import PAD, VOCAB, Reference, forward
 from tests.models.test_decoder_parity import CASES
+from tests.representatives import both_stacks
 
 PROMPTS = [[7, 9, 11, 40, 12], [30], [40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52]]
 MOST = 12
@@ -125,7 +126,7 @@ def test_a_traced_call_is_refused(transform: Any) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["replicated", "fsdp", "tensor", "fsdp_tensor"])
-@pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
+@both_stacks
 @pytest.mark.representatives("scanned-fsdp_tensor")
 def test_on_a_mesh_the_tokens_are_the_same(
     reference: Callable[..., Reference], strategy: str, scan: bool

@@ -258,6 +258,7 @@ def arguments(tiny_models: Mapping[str, Path], tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.alternatives("1", "2")
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_it_trains_and_goes_on(processes: str, arguments: list[str], tmp_path: Path) -> None:
     done = bash(LOCAL, *arguments, env=real(PROCESSES=processes))
@@ -274,6 +275,7 @@ def test_bad_input_ends_with_2(processes: str, arguments: list[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alternatives("1", "2")
 @pytest.mark.parametrize("processes", ["1", "2"])
 def test_sigterm_saves_and_ends_with_143(
     processes: str, arguments: list[str], tmp_path: Path

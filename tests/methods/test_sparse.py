@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jaxpeft.methods.sparse import as_torch_draws, draw_one_per_part
+from tests.representatives import FULL
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,7 @@ def test_another_key_draws_others() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not FULL, reason="draws 2^32 / 20 numbers: set JAXPEFT_TESTS=full")
 def test_the_draws_of_very_large_kernels_are_those_of_torch() -> None:
     """From 2^32 / 20 numbers on torch builds its permutation in another way."""
     import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 
 import jaxpeft
+from tests.representatives import FULL
 
 TOLERANCE = 1e-4
 VOCAB, PAD, LENGTH, LABELS = 99, 1, 16, 3
@@ -281,7 +283,12 @@ def padded() -> list[Batch]:
 def parity(
     reference: Any, padded: list[Batch], request: pytest.FixtureRequest
 ) -> Callable[..., None]:
-    """Check that a model gives torch's numbers, with scanned and unrolled layers."""
+    """Check that a model gives torch's numbers: what `make test` tries with scanned and with
+    unrolled layers, the rest with one of them in turn, unless all is asked for.
+    """
+    id_of = request.node.nodeid
+    every = FULL or request.node.get_closest_marker("slow") is None
+    stacks = (False, True) if every else (bool(zlib.crc32(id_of.encode()) % 2),)
 
     def check(
         model_type: str,
@@ -293,7 +300,7 @@ def parity(
         **switches: Any,
     ) -> None:
         torch_model = reference(model_type, task, rewrite, **switches)
-        for scan_layers in (False, True):
+        for scan_layers in stacks:
             model, params = torch_model.load(scan_layers=scan_layers, **(load or {}))
             gap = torch_model.difference(padded, model, params, **(inputs or {}))
             request.node.user_properties.append((f"gap_scan_{scan_layers}", gap))

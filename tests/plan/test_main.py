@@ -273,6 +273,7 @@ def test_nothing_fits(tmp_path, capsys):
 
 @needs_libtpu
 @pytest.mark.slow
+@pytest.mark.alternatives("v5e:2x4", "v5p:2x2x2", "v6e:2x4")
 @pytest.mark.parametrize("where", ["v5e:2x4", "v5p:2x2x2", "v6e:2x4"])
 # as even parts for two processes
 @pytest.mark.parametrize("strategies", [tuple(STRATEGIES)[:3], tuple(STRATEGIES)[3:]])

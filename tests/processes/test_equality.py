@@ -55,6 +55,7 @@ def assert_same(one: Team, several: Team, *, shared: bool = False) -> None:
         )
 
 
+@pytest.mark.alternatives("2", "4")
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.slow
 def test_a_real_model_is_trained_as_by_one_process(
@@ -80,6 +81,7 @@ def test_a_real_model_is_trained_as_by_one_process(
 
 
 @pytest.mark.slow
+@pytest.mark.alternatives("fsdp_tensor", "fsdp")
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp_tensor", "sequence", "hybrid_fsdp"])
 def test_every_strategy_goes_over_processes(
     tmp_path: Path, tiny_models: Mapping[str, Path], strategy: str
@@ -98,6 +100,7 @@ def test_every_strategy_goes_over_processes(
 
 
 @pytest.mark.slow
+@pytest.mark.alternatives("single-accuracy", "tags-recall")
 @pytest.mark.parametrize(("kind", "figure"), [("single", "accuracy"), ("tags", "recall")])
 def test_a_classification_has_the_same_figures(
     tmp_path: Path, tiny_models: Mapping[str, Path], kind: str, figure: str

@@ -25,8 +25,8 @@ from jaxpeft.hub.weights.safetensors_files import Meter, open_folder
 from jaxpeft.kernels import QUANTIZED
 from tests.hub.helpers import assert_bit_equal, edited, shard
 from tests.hub.weights.spreading import WAYS, mesh_of, places, requested
+from tests.representatives import both_stacks
 
-both = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 each_way = pytest.mark.parametrize("way", WAYS)
 SIZES = {"vocab_size": 96, "num_hidden_layers": 8}
 WIDE = {"vocab_size": 96, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4}
@@ -60,7 +60,7 @@ def size_of(params: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
-@both
+@both_stacks
 @each_way
 @pytest.mark.parametrize(
     ("sizes", "shape"), [(SIZES, (4, 2)), (SIZES, (2, 4)), (ODD, (3, 1))], ids=["4x2", "2x4", "odd"]
@@ -86,7 +86,7 @@ def test_every_leaf_is_that_of_a_plain_load_and_each_byte_is_read_once(
     assert found.meter.bytes == size_of(plain)  # whatever the number of devices that hold a shard
 
 
-@both
+@both_stacks
 @pytest.mark.parametrize("way", ["columns", "both"])
 def test_bfloat16_is_rounded_part_by_part(reference: Any, way: str, scan: bool) -> None:
     folder = reference("llama", "causal_lm", **SIZES).folder
@@ -185,7 +185,7 @@ def test_a_sharding_that_does_not_fit_is_refused_with_its_leaf(reference: Any) -
 
 
 @pytest.mark.slow
-@both
+@both_stacks
 @pytest.mark.parametrize("quant", [None, "nf4"])
 def test_leaves_may_lie_in_the_memory_of_the_host(
     reference: Any, quant: str | None, scan: bool
@@ -269,7 +269,7 @@ def test_of_a_tied_head_that_is_there_twice_each_process_compares_its_part(
 BASES = {"flat": (SIZES, (4, 2)), "rows": (WIDE, (2, 2)), "padded": (PADDED, (3, 1))}
 
 
-@both
+@both_stacks
 @pytest.mark.parametrize("way", WAYS[1:])
 @pytest.mark.parametrize(
     ("form", "base"),
