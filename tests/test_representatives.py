@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.conformance.rows import ROWS
-from tests.representatives import METHODS, mark_others
+from tests.representatives import FULL, METHODS, left_out, mark_others
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -41,3 +41,27 @@ def test_a_pattern_that_names_nothing_is_refused() -> None:
         pytest.UsageError, match=r"representatives name no parameters of\n  test_it: 'roberta'"
     ):
         mark_others(items("bert", patterns=("bert", "roberta")))
+
+
+def alternative(parameters: str, *names: str, test: str = "test_it", slow: bool = True) -> Any:
+    marks = {"alternatives": pytest.mark.alternatives(*names).mark}
+    marks |= {"slow": pytest.mark.slow.mark} if slow else {}
+    return SimpleNamespace(nodeid=f"{test}[{parameters}]", get_closest_marker=marks.get)
+
+
+@pytest.mark.skipif(FULL, reason="JAXPEFT_TESTS=full leaves nothing out")
+def test_of_alternatives_one_is_left_for_each_combination_of_the_rest() -> None:
+    names = ("unrolled", "scanned")
+    made = [alternative(f"{kind}-{name}", *names) for kind in "abcdefgh" for name in names]
+    others = {item.nodeid for item in left_out(made)}
+    kept = [item.nodeid for item in made if item.nodeid not in others]
+    assert sorted(one[8] for one in kept) == list("abcdefgh")
+    assert {one.split("-")[1] for one in kept} == {"unrolled]", "scanned]"}
+
+
+@pytest.mark.skipif(FULL, reason="JAXPEFT_TESTS=full leaves nothing out")
+def test_an_alternative_that_is_quick_or_alone_is_not_left_out() -> None:
+    names = ("unrolled", "scanned")
+    assert left_out([alternative("a-scanned", *names), alternative("b-unrolled", *names)]) == []
+    both = [alternative(f"a-{name}", *names, slow=False) for name in names]
+    assert left_out(both) == []
