@@ -120,6 +120,7 @@ def test_the_checkpoint_holds_no_base_weight(stopped: tuple[Config, Path]) -> No
     assert resolved["method"]["dropout"] == 0.1
 
 
+@pytest.mark.slow
 def test_what_only_logs_may_change_on_resume(stopped: tuple[Config, Path], tmp_path: Path) -> None:
     config, run = stopped
     shutil.copytree(run, tmp_path / "run")
@@ -148,6 +149,7 @@ def test_a_start_from_data_is_the_same_after_an_interruption(
     jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_records_no_method_is_taken_for_the_configs(
     stopped: tuple[Config, Path], tmp_path: Path
 ) -> None:

@@ -155,10 +155,10 @@ def test_weighted_merges_are_those_of_the_real_peft(
     np.testing.assert_allclose(a @ b, wanted_a @ wanted_b, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "plain"), [("dare_linear", "linear"), ("dare_linear_svd", "svd"), ("dare_ties", "ties")]
 )
-@pytest.mark.representatives("dare_ties-ties")
 def test_dropping_nothing_at_random_is_the_merge_without_dropping(how: str, plain: str) -> None:
     pair = pair_of((3, 3))
     same = {"density": 1.0} if plain == "ties" else {}

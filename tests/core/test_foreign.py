@@ -202,6 +202,7 @@ class Stack(nn.Module):
         return several(name="stack")(x, None)[0].sum(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
@@ -212,7 +213,6 @@ class Stack(nn.Module):
     ids=["all", "one layer", "shared"],
 )
 @pytest.mark.parametrize("lifted", [True, False], ids=["scan of remat", "vmap"])
-@pytest.mark.representatives("vmap-all")
 def test_multi_head_attention_under_scan_remat_and_vmap(lifted: bool, method: Any) -> None:
     model, x = Stack(lifted), random(2, 5, 8)
     base = model.init(jax.random.key(0), x)["params"]
@@ -345,13 +345,13 @@ class NnxStack(nnx.Module):
         )(x, self.layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scanned", [False, True], ids=["a list", "scan of remat"])
 @pytest.mark.parametrize(
     "method",
     [jaxpeft.LoRA(rank=2, dropout=0.5), jaxpeft.DoRA(rank=2), jaxpeft.VeRA(rank=3)],
     ids=lambda m: m.name,
 )
-@pytest.mark.representatives("vera-scan of remat")
 def test_nnx_attention_and_embeddings_in_lists_and_under_scan_and_remat(
     method: Any, scanned: bool
 ) -> None:

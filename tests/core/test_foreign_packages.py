@@ -99,10 +99,10 @@ def test_resnet_of_flaxmodels_with_its_statistics(method: Any) -> None:
     np.testing.assert_allclose(run(fresh), plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [jaxpeft.LoRA(rank=2), jaxpeft.OFT(block_size=4)], ids=lambda m: m.name
 )
-@pytest.mark.representatives("lora")
 def test_a_transformer_block_of_fabrique(method: Any) -> None:
     from fabrique.models.bert.modeling import ModelArgs, TransformerBlock
 

@@ -41,6 +41,7 @@ def _base(run):
     ]
 
 
+@pytest.mark.slow
 def test_a_classifier_whose_base_has_no_head_is_compared_with_a_constant(trained, evaluate):
     run = trained("single")
     found, shown = evaluate("--adapter", run.folder, "--data", run.rows, "--against", "base")

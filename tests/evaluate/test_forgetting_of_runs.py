@@ -10,6 +10,7 @@ from jaxpeft.inference.adapted_model import load_adapted
 from tests.train.runs import write_rows
 
 
+@pytest.mark.slow
 def test_forgetting_is_the_change_in_loss_and_in_the_next_token(trained, evaluate, tmp_path):
     run = trained("answers")
     general = write_rows(tmp_path / "general.jsonl", "text", 12)

@@ -61,6 +61,7 @@ def test_the_json_has_the_rows_from_which_the_metrics_follow(trained, evaluate):
     assert "true \\ predicted" in shown and "worst rows, by loss:" in shown
 
 
+@pytest.mark.slow
 def test_a_limit_samples_rows_by_the_seed(trained, evaluate):
     run = trained("single")
     one, again, other = (

@@ -11,6 +11,7 @@ from jaxpeft.inference.adapted_model import load_adapted
 from jaxpeft.sharding.mesh_config import MeshConfig
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["answers", pytest.param("tags", marks=pytest.mark.slow)])
 def test_a_sharded_model_has_the_same_outputs(kind, trained):
     run = trained(kind)

@@ -89,8 +89,8 @@ def test_embeddings_are_means_of_the_encoders_hidden_states(
     assert labels.tolist() == [0, 1, 0, 1, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [LoRA(), PTuningV2(), BitFit()], ids=lambda method: method.name)
-@pytest.mark.representatives("ptuning_v2")
 def test_embeddings_are_those_of_the_adapted_backbone_scanned_or_not(
     tiny_models: Mapping[str, Path], method: jaxpeft.Method
 ) -> None:

@@ -75,9 +75,7 @@ MERGED = {
 
 
 @pytest.mark.parametrize(("method", "kind", "task", "scan"), MERGED.values(), ids=MERGED)
-@pytest.mark.representatives(
-    "dora llama scanned", "tokens of distilbert", "saved modules", "methods at one site", "biases"
-)
+@pytest.mark.representatives("dora llama scanned", "methods at one site", "biases")
 def test_transformers_gives_the_logits_of_the_adapter_beside_its_base(
     make, tmp_path, method, kind, task, scan
 ):
@@ -138,6 +136,7 @@ def test_tied_embeddings_stay_tied_where_that_is_the_same(make, tmp_path, method
     assert ("lm_head.weight" in load_file(tmp_path / "merged" / "model.safetensors")) != tied
 
 
+@pytest.mark.slow
 def test_added_tokens_are_in_the_merged_model(make, tmp_path):
     method = jaxpeft.LoRA(targets=("q_proj",), modules_to_save=("embed_tokens", "lm_head"))
     made = make(method, "llama", CAUSAL, vocab_size=103)
@@ -321,8 +320,8 @@ def test_numbers_that_float16_cannot_hold_are_refused(make, tmp_path):
 # ------------------------------------------------------------------------------ quantized reference
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["nf4", "int8"])
-@pytest.mark.representatives("int8")
 def test_the_base_is_rounded_as_the_adapter_s_was(make, tmp_path, caplog, form):
     """All kernels that were quantized, and not only those that the adapter is on."""
     made = make(jaxpeft.LoRA(rank=4, targets=("query",)), quant=form)

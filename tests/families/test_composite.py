@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,26 @@ VISION: dict[str, dict[str, Any]] = {
         "patch_size": 14,
     },
 }
-TEXT = {"gemma3": "gemma3_text", "mistral3": "ministral3"}
+QWEN_VISION: dict[str, Any] = {
+    "depth": 1,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "out_hidden_size": 32,
+    "num_heads": 2,
+    "patch_size": 14,
+}
+VISION |= {
+    "qwen2_vl": {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 1},
+    "qwen2_5_vl": {**QWEN_VISION, "fullatt_block_indexes": [0]},
+    "qwen3_vl": {**QWEN_VISION, "deepstack_visual_indexes": [0]},
+}
+TEXT = {
+    "gemma3": "gemma3_text",
+    "mistral3": "ministral3",
+    "qwen2_vl": "qwen2",
+    "qwen2_5_vl": "qwen2",
+    "qwen3_vl": "qwen3",
+}
 Make = Callable[[str], tuple[Path, Any]]
 
 
@@ -55,9 +75,17 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     def made(kind: str) -> tuple[Path, Any]:
+        text = tiny_config(TEXT[kind])
+        if "vl" in kind:
+            text["model_type"] = f"{kind}_text"
+            text["rope_parameters"] = {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [1, 1, 2] if kind != "qwen3_vl" else [2, 3, 3],
+            }
         config = AutoConfig.for_model(
             kind,
-            text_config=tiny_config(TEXT[kind]),
+            text_config=text,
             vision_config=VISION[kind],
             tie_word_embeddings=kind == "gemma3",
             image_token_index=4,
@@ -100,7 +128,9 @@ def test_both_names_of_tensors_are_read(make: Make, tmp_path: Path, kind: str) -
     wanted = theirs(CAUSAL, torch_model)
     for rename in (lambda name: f"language_model.{name}", composite_name):
         renamed = {
-            name if "vision" in name or "projector" in name else rename(plain_names(name)): tensor
+            name
+            if re.search("visi?on|visual|projector", name)
+            else rename(plain_names(name)): tensor
             for name, tensor in tensors.items()
         }
         save_file(renamed, tmp_path / "model.safetensors")

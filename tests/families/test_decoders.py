@@ -152,9 +152,9 @@ def test_a_merged_model_gives_its_logits_in_transformers(
     assert_close(theirs(CAUSAL, torch_base(tmp_path / "merged", CAUSAL)), ours(model, params))
 
 
+@pytest.mark.slow
 @every_family
 @both_stacks
-@pytest.mark.representatives("scanned-phi3")
 def test_a_base_in_nf4_computes_as_its_dequantized_weights(
     reference: Make, kind: str, scan: bool
 ) -> None:

@@ -100,7 +100,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @both_stacks
 @pytest.mark.parametrize("name", ADAPTING)
-@pytest.mark.representatives("lora-scanned", "dora-unrolled", "vera-scanned")
+@pytest.mark.representatives("lora-scanned", "vera-scanned")
 def test_adapted_experts_compute_as_their_merged_kernels(
     reference: Make, scan: bool, name: str
 ) -> None:
@@ -116,6 +116,7 @@ def test_adapted_experts_compute_as_their_merged_kernels(
 
 
 @every_family
+@pytest.mark.representatives("qwen3_moe")
 def test_gradients_of_kernels_are_those_of_torch(reference: Make, kind: str) -> None:
     import torch
 
@@ -164,6 +165,7 @@ def test_the_load_balancing_loss_is_that_of_transformers(
     assert_close(np.asarray(balance_loss(sown[ROUTING])), np.asarray(out.aux_loss))
 
 
+@pytest.mark.slow
 def test_the_load_balancing_loss_is_added_to_that_of_a_batch(reference: Make) -> None:
     batch = make_batch("right")
     rows = {
@@ -200,6 +202,7 @@ def test_a_rule_spreads_experts_over_the_expert_axis_of_a_mesh(reference: Make) 
     assert_close(np.asarray(run(params, ids)), np.asarray(forward(*alone, ids, None)))
 
 
+@pytest.mark.slow
 def test_quantized_experts_with_adapters_over_a_mesh(reference: Make) -> None:
     made = reference("qwen3_moe", CAUSAL, moe_intermediate_size=64, hidden_size=64)
     method = jaxpeft.LoRA(rank=4, targets="all-linear")

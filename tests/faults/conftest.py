@@ -282,18 +282,23 @@ def chats(tmp_path: Path, tiny_models: Mapping[str, Path]) -> Callable[..., Job]
 
 
 @pytest.fixture
-def job(tmp_path: Path, whole: Job) -> Job:
+def job(tmp_path: Path, written: Path) -> Job:
     """A run in a folder of its own."""
-    return whole.at(tmp_path / "run")
+    return Job(written, tmp_path / "run")
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny_models: Mapping[str, Path]) -> Job:
-    """The run that nothing happened to."""
+def written(tmp_path_factory: pytest.TempPathFactory, tiny_models: Mapping[str, Path]) -> Path:
+    """The config of a run."""
     folder = tmp_path_factory.mktemp("whole")
     rows = write_rows(folder / "rows.jsonl", "single", 60)
-    config = write_config(folder / "mine.py", tiny_models["bert"], rows, **OPTIONS)
-    made = Job(config, folder / "run")
+    return write_config(folder / "mine.py", tiny_models["bert"], rows, **OPTIONS)
+
+
+@pytest.fixture(scope="session")
+def whole(written: Path) -> Job:
+    """The run that nothing happened to."""
+    made = Job(written, written.parent / "run")
     done = made()
     assert done.returncode == 0, done.stderr
     return made

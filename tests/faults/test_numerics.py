@@ -126,6 +126,7 @@ def test_case_27_a_first_loss_far_above_chance_is_warned_of(
     _goes_on(job, marks)
 
 
+@pytest.mark.slow
 def test_case_27_a_gradient_of_zero_for_ten_steps_is_warned_of(
     job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +218,7 @@ def test_case_37_a_step_that_may_not_fit_is_said_before_it_is_compiled(
     _goes_on(job, marks, *words)
 
 
+@pytest.mark.slow
 def test_case_37_a_device_that_runs_out_of_memory_ends_the_run_in_a_line_with_what_to_lower(
     job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,8 +35,8 @@ def setting(scan: bool) -> Setting:
     return Setting(SMALL, where, topology.devices(where), None, scan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.representatives("True")
 def test_the_codes_of_a_layer_are_gathered_and_not_what_they_stand_for(
     tmp_path: Path, scan: bool
 ) -> None:

@@ -175,8 +175,8 @@ def test_parameters_that_have_diverged_are_told() -> None:
         jaxpeft.generate(model, broken, PROMPTS, max_new_tokens=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["nf4", "int8", "fp8"])
-@pytest.mark.representatives("nf4")
 def test_a_quantized_base_decodes_from_its_codes(form: Any) -> None:
     model, params = load("llama")
     codes = jaxpeft.quantize(params, form)

@@ -176,6 +176,7 @@ class Training:
         return leaves(self.state.trainable)
 
 
+@pytest.mark.slow
 def test_layers_that_are_not_adapted_count_for_nothing() -> None:
     method = jaxpeft.AdaLoRA(
         rank=4,
@@ -249,6 +250,7 @@ def test_the_schedule_must_fit_the_run() -> None:
 TARGETS = r".*\.(q_proj|down_proj)"
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.filterwarnings(
     "ignore:The following rank_pattern keys did not match any targeted module:RuntimeWarning"

@@ -154,6 +154,7 @@ def test_a_fresh_adapter_in_some_layers_of_a_stack_changes_no_bit() -> None:
         np.testing.assert_array_equal(run(model, fresh), run(model, base))
 
 
+@pytest.mark.slow
 def test_some_layers_of_a_stack_compute_as_unrolled_and_the_others_as_the_base() -> None:
     method = LAST
     (model, base), (plain_model, plain) = load("bert", scan_layers=True), load("bert")

@@ -97,6 +97,7 @@ def test_dropout_is_on_all_but_the_bases_own_product() -> None:
     assert nearest.max() < 1e-4
 
 
+@pytest.mark.slow
 def test_a_column_of_zeros_and_padding_give_no_nan() -> None:
     base = {"proj": {"kernel": random(8, 6).at[:, 2].set(0.0)}}
     params = jaxpeft.rewrite(jaxpeft.DoRA(rank=2), base, jax.random.key(0))

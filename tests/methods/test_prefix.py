@@ -140,6 +140,7 @@ def test_options_that_exclude_each_other_are_refused() -> None:
 # ------------------------------------------------------------------------------------- deep prompts
 
 
+@pytest.mark.slow
 def test_dropout_acts_on_the_prompts_of_each_row_in_training_only() -> None:
     model, base = load("llama")
     method = jaxpeft.PTuningV2(num_virtual_tokens=5, dropout=0.5)

@@ -73,9 +73,9 @@ def test_without_a_network_the_embeddings_are_the_prompt() -> None:
         jaxpeft.PTuning(encoder="none", encoder_hidden_size=4)
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.parametrize("kind", ["llama", "roberta"])
-@pytest.mark.representatives("llama")
 def test_a_network_is_left_out_of_files(reference: Any, tmp_path: Any, kind: str) -> None:
     options = {
         "encoder_reparameterization_type": "LSTM",

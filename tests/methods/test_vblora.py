@@ -19,6 +19,7 @@ pytestmark = quiet
 SITES = ("q_proj", "down_proj")
 
 
+@pytest.mark.slow
 def test_three_vectors_a_part_go_both_ways(reference: Any, tmp_path: Path) -> None:
     method = jaxpeft.VBLoRA(rank=3, vectors=9, vector_length=16, topk=3, targets=SITES)
     options = {

@@ -66,10 +66,10 @@ def test_scanned_and_unrolled_layers_agree_in_loss_and_gradient(load, padded, ki
     assert_close(jaxpeft.stack_layers(gradients[0]), gradients[1], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "scan_layers"), [("qwen2", False), ("qwen2", True), ("bert", True)]
 )
-@pytest.mark.representatives("bert-True")
 def test_remat_changes_no_gradient_dropout_included(load, padded, kind, scan_layers):
     key = jax.random.key(3)
     plain = loss_and_gradient(*load(kind, scan_layers=scan_layers), padded[2], key)

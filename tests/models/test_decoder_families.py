@@ -121,11 +121,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("kind", "switches"), [pytest.param(k, s, id=f"{k}-{n}") for k, n, s in CASES]
 )
 @pytest.mark.representatives(
-    "llama-yarn",
     "gemma2-small-caps",
     "gemma3_text-two-bases",
     "phi3-longrope-long",
-    "ministral3-plain",
     "glm4-plain",
     "qwen3_moe-normalized",
     "granite-multipliers",

@@ -109,9 +109,7 @@ def test_every_task(parity, kind, task):
     ("kind", "switches"), [pytest.param(k, s, id=f"{k}-{n}") for k, n, s in CASES]
 )
 @pytest.mark.representatives(
-    "distilbert-sinusoidal",
     "roberta-pad-token",
-    "bert-eps",
     "bert-one-type",
     "distilbert-activation",
     "electra-hidden-act",

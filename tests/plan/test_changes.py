@@ -74,6 +74,7 @@ def test_the_nearest_change_is_compiled_and_fits(config):
     assert row.nearest.change
 
 
+@pytest.mark.slow
 def test_what_arithmetic_rules_out_is_not_compiled(config):
     fsdp = with_changes(config, mesh__strategy="fsdp")
     row = add_nearest(setting(1000), examine(setting(1000), fsdp), most=6)

@@ -170,6 +170,7 @@ def test_options_that_mean_nothing_are_refused(options: Any, message: str) -> No
         jaxpeft.Quant("int8", **options)
 
 
+@pytest.mark.slow
 def test_lists_are_taken_and_what_is_excluded_in_vain_is_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

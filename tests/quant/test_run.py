@@ -20,8 +20,8 @@ from jaxpeft.train.records import read_lines
 MakeConfig = Callable[..., Config]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["nf4", "int4"])
-@pytest.mark.representatives("nf4")
 def test_a_run_learns_says_what_its_base_was_and_is_loaded_again(
     make_config: MakeConfig, tmp_path: Path, form: str
 ) -> None:

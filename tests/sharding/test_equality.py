@@ -43,9 +43,9 @@ def test_every_strategy_on_eight_devices(strategy: str) -> None:
     assert difference(alone(PLAIN), computed(CASES[PLAIN], options_of(strategy, 8), 8)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", [name for name in CASES if name != PLAIN])
-@pytest.mark.representatives("lora on nf4-fsdp_tensor")
 def test_every_kind_of_adapter_and_base_under_every_strategy(name: str, strategy: str) -> None:
     assert difference(alone(name), computed(CASES[name], options_of(strategy, 8), 8)) < TOLERANCE
 
@@ -91,6 +91,7 @@ def test_spread_positions_attend_to_blocks_of_keys(
     assert difference(alone(name), computed(CASES[name], options, 8)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_row_a_strategy(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--devices", "2", "--cases", "lora", "--strategies", "fsdp"])
     head, row = capsys.readouterr().out.splitlines()

@@ -146,6 +146,7 @@ def test_every_class_counts_whatever_is_held_out_or_drawn(
         assert result.params["classifier"]["bias"].shape == (20,)
 
 
+@pytest.mark.slow
 def test_speed_is_that_of_steps_not_of_evaluations(
     make_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +188,7 @@ def overshot(tiny_models: Mapping[str, Path], tmp_path_factory: pytest.TempPathF
     return finish(config, folder / "run")
 
 
+@pytest.mark.slow
 def test_the_best_step_is_kept_not_the_last(overshot: Finished) -> None:
     result = overshot.result
     lines = read_lines(overshot.folder / "metrics.jsonl")

@@ -236,6 +236,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number(where: str) ->
     assert metrics["broken"].any()
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_are_near_those_of_float32() -> None:
     """Of all leaves together; of wider models it is below a hundredth:
     `python -m benchmarks.gradients`.

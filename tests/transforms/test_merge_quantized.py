@@ -52,9 +52,9 @@ def test_the_merged_base_computes_what_base_and_adapter_did(
     assert "merged into float32: 14 kernels, median relative error 0.00e+00" in caplog.text
 
 
+@pytest.mark.slow
 @both
 @every_form
-@pytest.mark.representatives("nf4-scanned")
 def test_what_is_lost_is_said(form: str, scan: bool) -> None:
     _, method, params = rewritten(form, scan)
     whole, _ = jaxpeft.merge_quantized(method, params, dtype=jnp.float32)

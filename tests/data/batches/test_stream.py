@@ -116,8 +116,8 @@ def test_each_row_stands_once_in_an_epoch_and_in_another_place_in_the_next(
     assert rows[0] != rows[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.representatives("2")
 def test_worker_processes_make_the_same_batches(make_stream: MakeStream, workers: int) -> None:
     assert same(fed(make_stream(workers=workers), 10), fed(make_stream(), 10))
 

@@ -149,6 +149,7 @@ def test_without_double_quantization_the_scales_are_those_of_the_file(
     np.testing.assert_allclose(run(model, params), run(plain, held), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_is_left_as_it_is_is_recorded(folder: Any) -> None:
     model, params = jaxpeft.load(folder(skip=r"(0\.mlp\.\w+|v_proj)"), task="causal_lm")
     names = tuple(f"model.layers.0.mlp.{name}_proj" for name in ("down", "gate", "up"))

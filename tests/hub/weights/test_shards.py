@@ -299,6 +299,7 @@ def test_codes_and_scales_are_bit_by_bit_those_of_one_device(
     assert found.meter.bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in in_the_file)
 
 
+@pytest.mark.slow
 def test_leaves_of_one_kernel_may_be_cut_differently(reference: Any) -> None:
     folder = reference("llama", "causal_lm", **WIDE).folder
     _, alone = jaxpeft.load(folder, task="causal_lm", scan_layers=True, quant="nf4")

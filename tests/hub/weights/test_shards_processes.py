@@ -71,8 +71,8 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "options"), CASES, ids=lambda value: str(value))
-@pytest.mark.representatives("2-*mesh*(2, 2)*")
 def test_each_process_reads_its_part_and_together_they_have_the_numbers_of_one(
     reference: Any, count: int, options: dict[str, Any]
 ) -> None:
