@@ -296,6 +296,24 @@ def test_the_grid_compiles_for_tpus(where, strategies, tmp_path):
         assert row["flops"] * 8 > 0.9 * row["model_flops"]
 
 
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+}
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_experts_compile_for_tpus(tmp_path):
+    words = "--topology", "v5e:2x4", "--strategies", "fsdp_tensor,sequence", "--tries", "0"
+    found, _ = planned(tmp_path, *words, "--config.data.max_length=128", **NARROW, **EXPERTS)
+    for row in found["rows"]:
+        assert row["fits"] is True, row["verdict"]
+        assert row["model_flops"] > 0
+
+
 @needs_libtpu
 @pytest.mark.slow
 def test_two_slices_are_joined_by_their_network(tmp_path):
