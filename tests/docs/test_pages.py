@@ -14,6 +14,7 @@ import pytest
 
 import jaxpeft
 from jaxpeft.core import paths
+from tests.representatives import FULL
 from tests.train.runs import tiny_models
 
 __all__ = ["tiny_models"]
@@ -34,6 +35,7 @@ def test_both_examples_of_your_own_model_run() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not FULL, reason="takes a minute: set JAXPEFT_TESTS=full")
 @pytest.mark.usefixtures("minilm")
 def test_a_custom_loop_trains_a_real_model_as_it_stands_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

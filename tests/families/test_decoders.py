@@ -33,6 +33,17 @@ LACKING = {
     "token_classification": ("gemma3_text", "granite", "olmo2", "olmo3"),
 }
 """Families without a class of a task in transformers."""
+
+
+def lora_or_dora(test: Any) -> Any:
+    """Run a test with LoRA and DoRA on unrolled and scanned layers, one of the four in turn."""
+    names = [
+        f"{method}-{stack}" for method in ("lora", "dora") for stack in ("unrolled", "scanned")
+    ]
+    dora = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+    return pytest.mark.alternatives(*names)(both_stacks(dora(test)))
+
+
 every_family = pytest.mark.parametrize("kind", NEW)
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
@@ -51,8 +62,7 @@ def targets(kind: str) -> tuple[str, ...]:
 
 
 @every_family
-@both_stacks
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@lora_or_dora
 @pytest.mark.representatives("lora-scanned-phi3", "dora-unrolled-gemma3_text")
 def test_an_adapter_of_peft_gives_its_logits_and_gradients(
     reference: Make, tmp_path: Path, kind: str, scan: bool, dora: bool
@@ -68,8 +78,7 @@ def test_an_adapter_of_peft_gives_its_logits_and_gradients(
 
 
 @every_family
-@both_stacks
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@lora_or_dora
 @pytest.mark.representatives("dora-scanned-glm4", "lora-unrolled-gemma2")
 def test_peft_gives_the_logits_of_an_adapter_of_jaxpeft(
     reference: Make, tmp_path: Path, kind: str, scan: bool, dora: bool

@@ -19,6 +19,7 @@ KILLS = int(os.environ.get("JAXPEFT_KILLS", "1"))
 """How often a run is killed at random: the table of docs/reliability.md is made with 50."""
 
 
+@pytest.mark.alternatives("in_step:5", "in_eval:3")
 @pytest.mark.parametrize("fault", ["in_step:5", "in_save:3", "in_eval:3"])
 @pytest.mark.representatives("in_save:3")
 def test_case_1_a_kill_anywhere_and_the_same_command_ends_as_if_nothing_had_happened(
@@ -95,6 +96,7 @@ def test_case_3_killed_while_an_old_step_is_deleted_a_good_one_is_left(
 
 
 @pytest.mark.slow
+@pytest.mark.alternatives("term-143", "int-130")
 @pytest.mark.parametrize(("signal", "code"), [("term", 143), ("int", 130)])
 def test_case_4_a_signal_in_a_step_saves_that_step(
     job: Job, whole: Job, marks: Marks, signal: str, code: int
@@ -108,6 +110,7 @@ def test_case_4_a_signal_in_a_step_saves_that_step(
     marks.same_end(job, whole)
 
 
+@pytest.mark.alternatives("in_eval:3:term", "after_arrays:2:term")
 @pytest.mark.parametrize("fault", ["in_compile:1:term", "in_eval:3:term", "after_arrays:2:term"])
 @pytest.mark.slow
 def test_case_5_a_signal_anywhere_else_loses_nothing(

@@ -44,6 +44,7 @@ def test_every_strategy_on_eight_devices(strategy: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alternatives("replicated", "hybrid_fsdp", "fsdp_tensor", "fsdp", "tensor", "sequence")
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", [name for name in CASES if name != PLAIN])
 def test_every_kind_of_adapter_and_base_under_every_strategy(name: str, strategy: str) -> None:
