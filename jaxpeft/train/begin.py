@@ -22,7 +22,8 @@ from jaxpeft.config.train_config import OptimizerConfig
 from jaxpeft.core import paths, training_hooks, tree
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Tree
-from jaxpeft.core.rewriting import adapter_names, trainable_mask
+from jaxpeft.core.rewriting import adapter_names, chosen_sites, trainable_mask
+from jaxpeft.core.targets import find_sites
 from jaxpeft.logs import log_time
 from jaxpeft.methods import from_dict
 from jaxpeft.processes.arrays import put
@@ -93,6 +94,7 @@ def begin(
         f"{total:,}",
         100 * trained / total,
     )
+    _report_experts(started, trainable, frozen)
     writers = _open_records(setup, folder, state.step, trained, total)
     rate = optimizers.schedule(options, options.learning_rate, setup.steps)
     newest = partial(_newest, checkpoints)
@@ -206,6 +208,24 @@ def rewrite_base(setup: Setup, method: Method) -> tuple[Tree, Tree]:
     """Inject adapters into the base and partition it, without moving leaves; works abstractly."""
     params = rewrite(method, setup.params, jax.random.key(setup.config.train.seed))
     return tree.partition(params, trainable_mask(method, params))
+
+
+def _report_experts(method: Method, trainable: Tree, frozen: Tree) -> None:
+    """Log how many modules of experts are trained, which neither targets nor shares show."""
+    params = tree.combine(trainable, frozen)
+    experts = [site for site in find_sites(params) if site.experts]
+    if not experts:
+        return
+    held = dict(paths.walk(trainable))
+    whole = sum(len(site.names) for site in experts if (*site.path, "kernel") in held)
+    adapted = sum(
+        sum(on)
+        for part in method.parts()
+        for site, on in chosen_sites(part, params).items()
+        if site.experts
+    )
+    count = sum(len(site.names) for site in experts)
+    _log.info("%s of %s modules of experts are trained", f"{whole or adapted:,}", f"{count:,}")
 
 
 def initialize(

@@ -4,7 +4,9 @@ refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,14 @@ from jaxpeft.errors import ConfigError, TargetError
 from jaxpeft.methods import METHODS
 from jaxpeft.models.base import ROUTING
 from jaxpeft.models.experts import balance_loss
+from jaxpeft.train.__main__ import main
 from jaxpeft.train.losses import loss_for
 from jaxpeft.train.step import make_loss_sum
 from tests.export.making import assert_close, ours, theirs
 from tests.hub.helpers import peft_load, peft_save, trained
 from tests.models.conftest import Reference, forward, make_batch
 from tests.representatives import both_stacks
+from tests.train.runs import write_config, write_rows
 
 CAUSAL = "causal_lm"
 EXPERTS = {
@@ -256,3 +260,40 @@ def test_all_linear_leaves_out_the_router(reference: Make) -> None:
     assert layer["experts"]["up_proj"]["lora_a"].shape == (2, 6, 32, 8)
     params = jaxpeft.rewrite(jaxpeft.LoRA(targets=("gate",)), base, jax.random.key(0))
     assert "lora_a" in params["model"]["layers"]["mlp"]["gate"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ({"method__targets": "all-linear"}, "36 of 36 modules of experts are trained"),
+        ({"method__targets": ("q_proj",)}, "0 of 36 modules of experts are trained"),
+        ({"method__targets": r".*\.experts\.2\.up_proj"}, "2 of 36 modules of experts"),
+    ],
+    ids=["all", "none", "one"],
+)
+def test_a_run_learns_and_says_which_experts_it_trains(
+    reference: Make,
+    tiny_models: Mapping[str, Path],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    method: dict[str, Any],
+    said: str,
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(reference("qwen3_moe", CAUSAL, output_router_logits=True).folder, folder)
+    for file in tiny_models["llama"].glob("*token*"):
+        shutil.copy(file, folder)
+    rows = write_rows(tmp_path / "rows.jsonl", "text")
+    options = {"train__steps": 6, "optimizer__learning_rate": 1e-2, "log__plot": False}
+    config = write_config(
+        tmp_path / "mine.py", folder, rows, model__task=CAUSAL, **options, **method
+    )
+    with caplog.at_level("INFO", "jaxpeft"):
+        assert main(["--config", str(config), "--workdir", str(tmp_path / "run")]) == 0
+    assert any(said in message for message in caplog.messages)
+    losses = [
+        json.loads(line).get("loss")
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert all(loss is None or np.isfinite(loss) for loss in losses)
