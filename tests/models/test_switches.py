@@ -12,6 +12,7 @@ import pytest
 from jaxpeft import models
 from jaxpeft.errors import ConfigError
 from jaxpeft.models.base import ModelOptions
+from jaxpeft.models.composite import TEXT_MODELS
 from tests.models.test_encoder_parity import ENCODERS
 
 
@@ -286,7 +287,7 @@ def test_an_unknown_architecture_names_the_known_ones_and_invites_no_edit(kind):
     assert str(caught.value).startswith(f"config.json: model_type {kind!r} is not supported (")
     assert "did you mean" not in str(caught.value)
     assert (
-        f"(supported: {', '.join((*models.FAMILIES, 'gemma3', 'mistral3'))}); use a model of one of these"
+        f"(supported: {', '.join((*models.FAMILIES, *TEXT_MODELS))}); use a model of one of these"
         in str(caught.value)
     )
     nearest = {"mixtrall": "mixtral", "qwen2_moe": "qwen3_moe", "lama": "llama", "berta": "bert"}
