@@ -7,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -199,19 +198,22 @@ def test_bfloat16_compute_trains_float32_adapters() -> None:
     np.testing.assert_allclose(metrics["loss"], exact, rtol=2e-2)
 
 
-@pytest.fixture
-def losses_of_seeds() -> Callable[[int], float]:
+def test_dropout_follows_the_seed_and_the_step() -> None:
     model, trainable, frozen = setup(jaxpeft.LoRA(rank=4, dropout=0.5))
     optimizer = optax.sgd(0.0)
     step = jax.jit(make_train_step(model, causal_lm, optimizer, 1))
-    return lambda seed: float(
-        step(init_state(trainable, optimizer, seed), frozen, batch())[1]["loss"]
-    )
 
+    def losses(seed: int) -> list[float]:
+        state, found = init_state(trainable, optimizer, seed), list[float]()
+        for _ in range(2):
+            state, metrics = step(state, frozen, batch())
+            found.append(float(metrics["loss"]))
+        return found
 
-def test_dropout_follows_the_seed(losses_of_seeds: Callable[[int], float]) -> None:
-    assert losses_of_seeds(1) == losses_of_seeds(1)
-    assert losses_of_seeds(1) != losses_of_seeds(2)
+    first, second = losses(1)
+    assert [first, second] == losses(1)
+    assert first != second
+    assert first != losses(2)[0]
 
 
 @pytest.mark.parametrize("where", ["loss", "one leaf"])
