@@ -81,7 +81,7 @@ def test_a_real_model_is_trained_as_by_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.alternatives("fsdp_tensor", "fsdp")
+@pytest.mark.alternatives("fsdp_tensor", "hybrid_fsdp", "fsdp")
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp_tensor", "sequence", "hybrid_fsdp"])
 def test_every_strategy_goes_over_processes(
     tmp_path: Path, tiny_models: Mapping[str, Path], strategy: str
