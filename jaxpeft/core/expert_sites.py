@@ -5,8 +5,8 @@ set of leaves for each expert. A low-rank update is computed beside the kernels,
 
     y_i = x_i W_e + x_i A_e B_e,
 
-where `e` is the expert of row `i`; every other method that can be folded is computed with its
-folded kernels.
+where `e` is the expert of row `i`. If a module has any other adapter, all of its adapters are
+folded into its kernels, one after the other.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft import kernels
+from jaxpeft.core.method import Method
 from jaxpeft.core.specs import Computation
 from jaxpeft.errors import ConfigError
 from jaxpeft.kernels import grouped
@@ -32,9 +33,8 @@ Over = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 def adapts_experts(method: Any) -> bool:
     """Return whether a method can adapt the linear modules of experts."""
-    fold = getattr(method, "fold", None)
-    own = fold is not None and getattr(fold, "__qualname__", "") != "Method.fold"
-    return own and "__call__" in method.sites.hooks and "linear" in method.sites.kinds
+    folds = getattr(method, "fold", Method.fold) is not Method.fold
+    return folds and "__call__" in method.sites.hooks and "linear" in method.sites.kinds
 
 
 def compute(
@@ -52,16 +52,14 @@ def compute(
     """
     form = kernels.form_of(leaves) or "kernel"
     stored = {name: leaves[name] for name in kernels.FORMS[form].leaves}
-    low_rank: list[tuple[Any, Any]] = []
-    for method in methods:
-        own = {name: leaves[name] for name in method.leaves.site if name in leaves}
-        on = leaves.get(method.leaves.names[-1])
-        factors = None if on is not None else _factors(method, own)
-        if factors is not None:
-            low_rank.append(factors)
-        else:
-            before = jax.vmap(kernels.FORMS[form].read)(stored).astype(jnp.float32)
-            stored, form = {"kernel": _fold(method, own, root, before, on)}, "kernel"
+    factors = [_factors(method, leaves) for method in methods]
+    low_rank = [own for own in factors if own is not None]
+    if len(low_rank) < len(methods):
+        low_rank, original = [], jax.vmap(kernels.FORMS[form].read)(stored).astype(jnp.float32)
+        kernel = original
+        for method in methods:
+            kernel = _fold(method, leaves, root, kernel, original)
+        stored = {"kernel": kernel}
 
     def products(x: Any, sizes: Any, stored: Leaves, low_rank: Sequence[tuple[Any, Any]]) -> Any:
         y = grouped.stored_product(x, stored, sizes)
@@ -72,23 +70,38 @@ def compute(
     return over(products)(x, sizes, stored, low_rank)
 
 
-def _factors(method: Computation, own: Leaves) -> tuple[Any, Any] | None:
+def _factors(method: Computation, leaves: Leaves) -> tuple[Any, Any] | None:
     """Return the factors `A [experts, in, r]` and `B [experts, r, out]`; None without them."""
     low_rank = method.sites.low_rank
-    return jax.vmap(lambda leaves: low_rank(leaves, False))(dict(own))
+    if method.leaves.names[-1] in leaves:
+        return None
+    return jax.vmap(lambda own: low_rank(own, False))(_own(method, leaves))
 
 
-def _fold(method: Any, own: Leaves, root: Leaves, before: Any, on: Any) -> Any:
-    """Return the kernels `[experts, in, out]`, float32, with an adapter folded in."""
+def _own(method: Computation, leaves: Leaves) -> dict[str, Any]:
+    return {name: leaves[name] for name in method.leaves.site if name in leaves}
+
+
+def _fold(method: Any, leaves: Leaves, root: Leaves, before: Any, original_kernels: Any) -> Any:
+    """Return the kernels `[experts, in, out]`, float32, with an adapter folded in.
+
+    `original_kernels` are the kernels without adapters, which some methods compute with.
+    """
+    on = leaves.get(method.leaves.names[-1])
     shared = {name: root[name] for name in method.leaves.root if name in root}
 
-    def one(own: Leaves, kernel: Any) -> Any:
-        folded = method.fold({**shared, **own}, {"kernel": kernel})
-        if folded.keys() - {"kernel"}:
+    def one(own: Leaves, kernel: Any, original: Any) -> Any:
+        base = (
+            {"kernel": kernel}
+            if before is original_kernels
+            else {"kernel": kernel, "original": original}
+        )
+        folded = method.fold({**shared, **own}, base)
+        if folded.keys() - {"kernel", "original"}:
             raise ConfigError(
                 f"{method.name}: the linear modules of experts have no bias; exclude them"
             )
         return folded["kernel"]
 
-    after = jax.vmap(one)(dict(own), before)
+    after = jax.vmap(one)(_own(method, leaves), before, original_kernels)
     return after if on is None else jnp.where(on[:, None, None], after, before)

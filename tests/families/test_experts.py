@@ -119,6 +119,17 @@ def test_adapted_experts_compute_as_their_merged_kernels(
     assert np.abs(ours(model, merged) - ours(model, base)).max() > 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "other", [jaxpeft.DoRA(rank=2), jaxpeft.HiRA(rank=2)], ids=["dora", "hira"]
+)
+def test_two_adapters_of_experts_compute_as_they_are_merged(reference: Make, other: Any) -> None:
+    model, base = reference("qwen3_moe", CAUSAL).load(scan_layers=True)
+    method = jaxpeft.Mixed(methods=(jaxpeft.IA3(targets=("up_proj",), feedforward=()), other))
+    params = trained(method, jaxpeft.rewrite(method, base, jax.random.key(0)))
+    assert_close(ours(model, params), ours(model, jaxpeft.merge(method, params)))
+
+
 @every_family
 @pytest.mark.representatives("qwen3_moe")
 def test_gradients_of_kernels_are_those_of_torch(reference: Make, kind: str) -> None:
