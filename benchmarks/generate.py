@@ -146,7 +146,7 @@ def _model(options: Any, quant: str) -> tuple[Any, Any]:
     from benchmarks.step import random_model
 
     how = SimpleNamespace(**{**vars(options), "quant": quant, "attention": "auto", "remat": "none"})
-    return random_model(how)
+    return random_model(how, options.dtype)
 
 
 def peer(options: Any) -> dict[str, Any]:

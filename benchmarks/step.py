@@ -328,9 +328,13 @@ def method_of(options: Any) -> Any:
     return jaxpeft.METHODS[options.method](targets="all-linear", **ranked)
 
 
-def random_model(options: Any) -> tuple[Any, Any]:
+def random_model(options: Any, dtype: str = "bfloat16") -> tuple[Any, Any]:
     """Return a model of the shape, and its base: normal numbers, leaf by leaf, each quantized when
     created.
+
+    Args:
+        options: the options of the command line.
+        dtype: dtype of the weights and the activations.
     """
     import jax
     import jax.numpy as jnp
@@ -348,7 +352,7 @@ def random_model(options: Any) -> tuple[Any, Any]:
     how = ModelOptions(
         "causal_lm",
         None,
-        jnp.bfloat16,
+        jnp.dtype(dtype),
         scan_layers=options.scan,
         remat=options.remat,
         attention=attention,
@@ -362,13 +366,13 @@ def random_model(options: Any) -> tuple[Any, Any]:
     @partial(jax.jit, static_argnums=0)
     def normal(shape: tuple[int, ...], seed: int) -> Any:
         # drawn in float32: bfloat16 draws are of few values, whose mean is not zero
-        return (0.02 * jax.random.normal(jax.random.key(seed), shape)).astype(jnp.bfloat16)
+        return (0.02 * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
 
     items: list[Any] = []
     for i, (path, leaf) in enumerate(paths.walk(abstract)):
         site = sites.get(path)
         if path[-1] == "scale":
-            items.append((path, jnp.ones(leaf.shape, jnp.bfloat16)))
+            items.append((path, jnp.ones(leaf.shape, dtype)))
         elif site is None or quant is None:
             items.append((path, normal(leaf.shape, i)))
         else:

@@ -225,11 +225,9 @@ class _Encoder(_Part):
         if c.conv is not None:
             convolved = _Convolution(c, options, name="conv")(x, text, segments)
             first = jnp.arange(c.num_hidden_layers) == 0
-        fields = {"config": c, "options": options}
+        fields = [{"config": c, "options": options}] * c.num_hidden_layers
         shared = table, mask, convolved
-        return run_layers(
-            DebertaBlock, fields, c.num_hidden_layers, "layer", options, x, first, *shared
-        )
+        return run_layers(DebertaBlock, fields, "layer", options, x, first, *shared)
 
 
 class DebertaBackbone(Pretrained):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ from jaxpeft.models.masks import Mask, Virtual, make_mask, positions
 from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, VOCAB, constrain
 
 Array = jax.Array
+_log = logging.getLogger(__name__)
 TASKS = ("causal_lm", "sequence_classification", "token_classification", "encoder")
 
 
@@ -88,8 +90,7 @@ class DecoderBackbone(Pretrained):
         own = _layer_inputs(c, options, virtual, cache, rotations, masks)
         x = run_layers(
             Block,
-            {"config": c, "options": options},
-            c.num_hidden_layers,
+            [{"config": c.of_layer(i), "options": options} for i in range(c.num_hidden_layers)],
             "layers",
             options,
             constrain(x, BATCH, LENGTH, HIDDEN),
@@ -237,6 +238,9 @@ def build(config: Mapping[str, Any], options: ModelOptions, where: str) -> Pretr
     problems = option_problems(options, family.model_type, TASKS, ("last", "mean", "cls"))
     kind = DecoderBackbone if options.task == "encoder" else DecoderWithHead
     parsed = read_config(family, config, problems, where)
+    if parsed.per_layer and options.scan_layers:
+        _log.info("the layers of a %s model are unequal: they are unrolled", family.model_type)
+        options = dataclasses.replace(options, scan_layers=False)
     return kind(parsed, with_pooling(options, parsed.own_pooling))
 
 

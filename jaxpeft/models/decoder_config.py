@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxpeft.errors import show
@@ -15,6 +15,8 @@ from jaxpeft.models.experts import Mixture
 from jaxpeft.models.rope import Rope, RopeSwitches
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+BY_LAYERS = (FULL, SLIDING)
+"""The kinds of layers that a config with one rotation for each names."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class DecoderConfig:
         other_ropes: rotations of further layers.
         layer_ropes: index of each layer's rotation in `ropes`; None if all are 0.
         mixture: the experts of each layer; None if its feed-forward is dense.
+        per_layer: the architecture of each layer, if their leaves differ; empty if all have these
+            fields.
     """
 
     vocab_size: int
@@ -119,6 +123,11 @@ class DecoderConfig:
     other_ropes: tuple[Rope, ...] = ()
     layer_ropes: tuple[int, ...] | None = None
     mixture: Mixture | None = None
+    per_layer: tuple[DecoderConfig, ...] = ()
+
+    def of_layer(self, index: int) -> DecoderConfig:
+        """Return the architecture of a layer."""
+        return self.per_layer[index] if self.per_layer else self
 
     @property
     def own_pooling(self) -> str:
@@ -227,6 +236,8 @@ class DecoderFamily:
         ropes: spelling of the rotation of each kind of layer; all layers have the first, unless
             there are several.
         parts: fields of `DecoderConfig`: constants, or functions of the reader.
+        layer_parts: returns the fields in which each layer differs from `parts`; None if its leaves
+            are those of every layer.
         refused: switches that must be off, with the reason.
     """
 
@@ -235,6 +246,7 @@ class DecoderFamily:
     layer_types: LayerTypes = no_windows
     ropes: tuple[RopeSwitches, ...] = (RopeSwitches(),)
     parts: Mapping[str, Part] = field(default_factory=dict[str, Part])
+    layer_parts: Callable[[ConfigReader, int], Sequence[Mapping[str, Any]]] | None = None
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
@@ -250,6 +262,13 @@ _DEFAULTS: Mapping[str, Any] = {
 def flag(name: str) -> Callable[[ConfigReader], bool]:
     """Return the part that a switch of `config.json` turns on."""
     return lambda reader: reader.flag(name)
+
+
+ATTENTION_BIAS: Mapping[str, Part] = {
+    "qkv_bias": flag("attention_bias"),
+    "output_bias": flag("attention_bias"),
+}
+"""One switch for the biases of all projections of attention."""
 
 
 def positive(name: str) -> Callable[[ConfigReader], float]:
@@ -309,10 +328,12 @@ def read_config(
     }
     parts = {**_LLAMA_PARTS, **family.parts}
     fields |= {name: part(reader) if callable(part) else part for name, part in parts.items()}
+    differing = family.layer_parts(reader, layers) if family.layer_parts else ()
     for name, why in family.refused.items():
         reader.refuse(name, why)
     reader.finish()
-    return DecoderConfig(**fields)
+    found = DecoderConfig(**fields)
+    return replace(found, per_layer=tuple(replace(found, **own) for own in differing))
 
 
 _LLAMA_PARTS: Mapping[str, Part] = {

@@ -37,8 +37,8 @@ class _Stack(EncoderPart):
     def __call__(self, x: Array, past: Array | None, mask: Mask) -> Array:
         c, options = self.config, self.options
         block = DistilBertBlock if c.style.layers == "transformer" else BertBlock
-        fields = {"config": c, "options": options}
-        return run_layers(block, fields, c.num_hidden_layers, "layer", options, x, past, mask)
+        fields = [{"config": c, "options": options}] * c.num_hidden_layers
+        return run_layers(block, fields, "layer", options, x, past, mask)
 
 
 class _Pooler(EncoderPart):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -164,8 +164,7 @@ def head_dense(features: int, name: str | None, *, bias: bool = True) -> nn.Dens
 
 def run_layers(
     block: type[nn.Module],
-    fields: Mapping[str, Any],
-    count: int,
+    fields: Sequence[Mapping[str, Any]],
     name: str,
     options: ModelOptions,
     *inputs: Any,
@@ -174,8 +173,7 @@ def run_layers(
 
     Args:
         block: a module class; called with `(x, per_layer, *shared)`, it returns `(x, None)`.
-        fields: its fields.
-        count: number of layers.
+        fields: the fields of each layer's module; equal if the layers are scanned.
         name: name of the stack in the tree, `layers` or `layer`.
         options: options of the model, with `scan_layers` and `remat`.
         *inputs: `x`; then a pytree with a leading layer axis, or lists with one entry per layer if
@@ -188,16 +186,16 @@ def run_layers(
         _fetch_parameters(block, options) if options.offload or options.gathered else block, options
     )
     if not options.scan_layers:
-        return _Unrolled(remat_block, dict(fields), count, name=name)(*inputs)
+        return _Unrolled(remat_block, tuple(map(dict, fields)), name=name)(*inputs)
     axes: Any = (0, *(nn.broadcast for _ in inputs[2:]))
     scanned = nn.scan(
         remat_block,
         variable_axes={"params": 0, PAST: 0, ROUTING: 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=axes,
-        length=count,
+        length=len(fields),
     )
-    return scanned(**fields, name=name)(*inputs)[0]
+    return scanned(**fields[0], name=name)(*inputs)[0]
 
 
 def _remat(block: type[nn.Module], options: ModelOptions) -> Any:
@@ -254,16 +252,15 @@ class _Unrolled(nn.Module):
     """The unrolled layers, named by their numbers."""
 
     block: Any
-    fields: Mapping[str, Any]
-    count: int
+    fields: tuple[Mapping[str, Any], ...]
 
     @nn.compact
     def __call__(self, x: Array, per_layer: Any, *shared: Any) -> Array:
-        for i in range(self.count):
+        for i, fields in enumerate(self.fields):
             own = jax.tree.map(
                 lambda leaf, i=i: leaf[i], per_layer, is_leaf=lambda each: isinstance(each, list)
             )
-            x, _ = self.block(**self.fields, name=str(i))(x, own, *shared)
+            x, _ = self.block(**fields, name=str(i))(x, own, *shared)
         return x
 
 

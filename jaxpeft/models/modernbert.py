@@ -158,10 +158,8 @@ class ModernBertBackbone(Pretrained):
             (jnp.ones(()) if i else None, local if name == SLIDING else mask, *tables[name])
             for i, name in enumerate(c.layer_types)
         ]
-        fields = {"config": c, "options": options}
-        x = run_layers(
-            ModernBertBlock, fields, c.num_hidden_layers, "layers", options, x, per_layer
-        )
+        fields = [{"config": c, "options": options}] * c.num_hidden_layers
+        x = run_layers(ModernBertBlock, fields, "layers", options, x, per_layer)
         x = LayerNorm(c.norm_eps, options.dtype, c.norm_bias, name="final_norm")(x)
         return x if self.with_prompt else x[:, virtual.prompted :]
 

@@ -1,0 +1,43 @@
+"""The reading of a mixture of experts from `config.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jaxpeft.models.base import ConfigReader
+from jaxpeft.models.decoder_config import Part
+from jaxpeft.models.experts import Mixture
+
+
+def read_mixture(
+    module: str, names: tuple[str, str, str], width: str, normalized: Part
+) -> Callable[[ConfigReader], Mixture]:
+    """Return the part `mixture` of a family, read from its `config.json`.
+
+    Args:
+        module: see `Mixture`.
+        names: see `Mixture`.
+        width: field of `config.json` with the width of an expert.
+        normalized: see `Mixture`.
+    """
+
+    def read(reader: ConfigReader) -> Mixture:
+        local = "num_local_experts"  # what transformers 5 writes for every family
+        experts = "num_experts" if reader.get(local) is None else local
+        count = reader.integer(experts)
+        chosen = reader.integer("num_experts_per_tok")
+        if chosen > count:
+            reader.problems.append(
+                f"num_experts_per_tok: is {chosen}, but there are only {count} experts ({experts})"
+            )
+        return Mixture(
+            module,
+            names,
+            count,
+            min(chosen, count),
+            reader.integer(width),
+            bool(normalized(reader) if callable(normalized) else normalized),
+            reader.number("router_aux_loss_coef") if reader.flag("output_router_logits") else 0.0,
+        )
+
+    return read
