@@ -47,6 +47,21 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "vocab_size": 128256,
         "tie_word_embeddings": True,
     },
+    "qwen3_30b_a3b": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": False,
+    },
     "tiny": {
         "hidden_size": 64,
         "intermediate_size": 160,
@@ -57,7 +72,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""The shapes of Llama-3.1-8B and Llama-3.2-1B, and one to try the program with."""
+"""The shapes of Llama-3.1-8B, Llama-3.2-1B and Qwen3-30B-A3B, and one to try the program with."""
 COMMON = {
     "model_type": "llama",
     "rms_norm_eps": 1e-5,
@@ -77,13 +92,16 @@ def flops(shape: Mapping[str, Any], batch: int, length: int, adapter: int) -> fl
         length: tokens per row.
         adapter: number of trained weights that are multiplied with each token.
     """
-    d, wide = shape["hidden_size"], shape["intermediate_size"]
-    kv = d // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    layer = 2 * d * d + 2 * d * kv + 3 * d * wide
+    d, heads = shape["hidden_size"], shape["num_attention_heads"]
+    size = shape.get("head_dim", d // heads)
+    wide = shape["intermediate_size"]
+    if "num_experts" in shape:
+        wide = shape["num_experts_per_tok"] * shape["moe_intermediate_size"]
+    layer = 2 * d * size * (heads + shape["num_key_value_heads"]) + 3 * d * wide
     frozen = shape["num_hidden_layers"] * layer + d * shape["vocab_size"]
     # of the scores and of the values, forward 2 and backward 4 a pair of positions that see each
     # other
-    attention = shape["num_hidden_layers"] * 2 * (2 + 4) * d * length / 2
+    attention = shape["num_hidden_layers"] * 2 * (2 + 4) * heads * size * length / 2
     return batch * length * (4.0 * frozen + 6.0 * adapter + attention)
 
 
@@ -95,6 +113,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--method", default="lora")
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", nargs="*", help="target modules; by default all-linear")
     parser.add_argument("--quant", default="none")
     parser.add_argument("--remat", default="none")
     parser.add_argument("--attention", default="auto")
@@ -155,6 +174,7 @@ def figures(
         "length": options.length,
         "method": options.method,
         "rank": options.rank,
+        **({"targets": options.targets} if options.targets else {}),
         "quant": options.quant,
         "tokens_per_second": round(options.batch * options.length / median),
         "step_ms": round(1e3 * median, 2),
@@ -325,7 +345,8 @@ def method_of(options: Any) -> Any:
     ranked = (
         {"rank": options.rank} if options.method in ("lora", "dora", "lora_fa", "adalora") else {}
     )
-    return jaxpeft.METHODS[options.method](targets="all-linear", **ranked)
+    targets = tuple(options.targets) if options.targets else "all-linear"
+    return jaxpeft.METHODS[options.method](targets=targets, **ranked)
 
 
 def random_model(options: Any, dtype: str = "bfloat16") -> tuple[Any, Any]:
@@ -364,7 +385,10 @@ def random_model(options: Any, dtype: str = "bfloat16") -> tuple[Any, Any]:
     sites = quant.sites(abstract) if quant else {}
 
     @partial(jax.jit, static_argnums=0)
-    def normal(shape: tuple[int, ...], seed: int) -> Any:
+    def normal(shape: tuple[int, ...], seed: Any) -> Any:
+        if len(shape) > 3:  # one layer after another: the float32 draws are large
+            seeds = seed + 1000 * jnp.arange(shape[0])
+            return jax.lax.map(lambda own: normal(shape[1:], own), seeds)
         # drawn in float32: bfloat16 draws are of few values, whose mean is not zero
         return (0.02 * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
 

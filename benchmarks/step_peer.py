@@ -4,7 +4,7 @@ configurations.
     python -m benchmarks.step_peer PEER [the options of benchmarks.step]
 
 Prints one JSON line. The model has the same shape, random weights and token ids; LoRA is on all
-linear layers, with adapters in bfloat16, which is faster than PEFT's usual float32; no other tensor
+linear layers, experts included, with adapters in bfloat16, which is faster than PEFT's usual float32; no other tensor
 is cast to float32 either. AdamW is fused.
 """
 
@@ -50,6 +50,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--targets", nargs="*")
     parser.add_argument("--steps", type=int, default=12)
     options, _ = parser.parse_known_args(argv)
     options.method, options.quant = "lora", "nf4" if PEERS[options.peer].nf4 else "none"
@@ -104,18 +105,17 @@ def made(how: Peer, options: Any) -> Any:
     """Return the model with its adapter, on the device."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     if how.liger:
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    values = {name: value for name, value in step.COMMON.items() if name != "model_type"}
-    config = LlamaConfig(**(values | dict(step.SHAPES[options.shape])))
+    config = AutoConfig.for_model(**(step.COMMON | dict(step.SHAPES[options.shape])))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
-        model = LlamaForCausalLM(config)
+        model = AutoModelForCausalLM.from_config(config)
     torch.set_default_dtype(torch.float32)
     if how.nf4:
         _to_nf4(model)
@@ -123,7 +123,13 @@ def made(how: Peer, options: Any) -> Any:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
     model.config.use_cache = False
-    lora = LoraConfig(r=options.rank, lora_alpha=options.rank, target_modules="all-linear")
+    experts = [name for name, _ in model.named_parameters() if ".mlp.experts." in name]
+    lora = LoraConfig(
+        r=options.rank,
+        lora_alpha=options.rank,
+        target_modules=options.targets or "all-linear",
+        target_parameters=None if options.targets else experts or None,
+    )
     adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
     for parameter in adapted.parameters():
         # bitsandbytes' layers give theirs in float32: products with it are slow

@@ -45,7 +45,7 @@ NO_TOKEN = -1
         "ends",
         "numbers",
     ],
-    meta_fields=[],
+    meta_fields=["prompt_slots"],
 )
 @dataclass(frozen=True)
 class State:
@@ -64,6 +64,8 @@ class State:
         adapter: adapter index in an adapter stack, a scalar or `[batch]`, or None.
         ends: `[n]` int32, the tokens that end a text.
         numbers: numbers by which tokens are chosen, see `Sampling.numbers`.
+        prompt_slots: number of the cache's slots for virtual tokens and prompts, before those of
+            the new tokens.
     """
 
     cache: Cache
@@ -78,6 +80,7 @@ class State:
     adapter: Array | None
     ends: Array
     numbers: Mapping[str, Array]
+    prompt_slots: int
 
 
 def _prefill(
@@ -140,6 +143,7 @@ def _prefill(
         adapter=adapter,
         ends=ends,
         numbers=numbers,
+        prompt_slots=own.slots,
     )
     return _readable(_extend(state, rule, logits))
 
@@ -169,7 +173,7 @@ def _decode(
             mutable=[PAST],
             adapter=state.adapter,
         )
-        slot = state.cache.slots - state.tokens.shape[1] + state.count
+        slot = state.prompt_slots - 1 + state.count
         cache = append(state.cache, read_sown(sown[PAST]), slot)
         logits = _logits(model, params, hidden, state.adapter)
         return _extend(dataclasses.replace(state, cache=cache), rule, logits)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from jaxpeft.kernels import few_rows
 from jaxpeft.kernels.form import Form, Quantized, over_rows
 from jaxpeft.kernels.fp8 import FP8
 from jaxpeft.kernels.integers import INT4, INT8
@@ -24,7 +25,7 @@ _PLAIN = (
     Form(
         ("kernel",),
         lambda leaves: leaves["kernel"],
-        forward=lambda x, leaves: x @ leaves["kernel"].astype(x.dtype),
+        forward=lambda x, leaves: few_rows.matmul(x, leaves["kernel"].astype(x.dtype)),
         backward=lambda leaves, dy: dy @ leaves["kernel"].astype(dy.dtype).T,
         trained=lambda x, leaves, dy: {"kernel": over_rows(x, dy, leaves["kernel"].dtype)},
     ),

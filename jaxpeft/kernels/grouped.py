@@ -3,9 +3,9 @@ r"""Products of grouped rows: each group of consecutive rows has its own kernel.
     y_i = x_i W_g,    dx_i = dy_i W_g',    dW_g = sum over the rows of g of x_i' dy_i,
 
 where `g` is the group of row `i`. Rows are sorted by group; a group may be empty. TPUs have a
-program for it, `jax.lax.ragged_dot`. Elsewhere that computes every row with every kernel; here each
-group is padded to blocks of rows instead, and each block is multiplied with its kernel: Gale et al.
-2022, "MegaBlocks", section 4 (arXiv:2211.15841).
+program for it, `jax.lax.ragged_dot`, which elsewhere computes every row with every kernel. NVIDIA
+GPUs have that of `grouped_gpu`. On other platforms each group is padded to blocks of rows, and each
+block is multiplied with its kernel: Gale et al. 2022, "MegaBlocks", section 4 (arXiv:2211.15841).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxpeft import kernels
+from jaxpeft.kernels import grouped_gpu
 from jaxpeft.kernels.form import Quantized
 from jaxpeft.lazy import jax, jnp
 
@@ -34,8 +35,10 @@ def product(x: Any, kernel: Any, sizes: Any) -> Any:
     Returns:
         `[rows, out]`, in the dtype of `x`.
     """
+    kernel = kernel.astype(x.dtype)
+    others = {"cuda": grouped_gpu.product} if grouped_gpu.applies(x, kernel) else {}
     return jax.lax.platform_dependent(
-        x, kernel.astype(x.dtype), sizes, tpu=jax.lax.ragged_dot, default=by_blocks
+        x, kernel, sizes, tpu=jax.lax.ragged_dot, default=by_blocks, **others
     )
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpeft.kernels import few_rows
 from jaxpeft.kernels.form import Leaves, Quantized, backward_of, forward_of, pack, select, unpack
 from jaxpeft.lazy import jax, jnp
 
@@ -157,12 +158,75 @@ def decode(leaves: Leaves, dtype: Any) -> Any:
     return (values * jnp.repeat(absmax, BLOCK)[: values.size].reshape(values.shape)).astype(dtype)
 
 
+def forward(x: Any, leaves: Leaves) -> Any:
+    """Return `x W`; on GPUs, products of few rows are computed from the codes."""
+    codes, places = leaves["kernel_nf4"], leaves["kernel_nf4_absmax"]
+    if places.ndim != 2 or not few_rows.applies(x, codes.shape[1], codes.shape[0]):
+        return _decoded(x, leaves)
+    return few_rows.on_gpu(few_rows_product, _decoded, x, dict(leaves))
+
+
+_decoded = forward_of(decode)
+
+
+def few_rows_product(x: Any, leaves: Leaves, *, interpret: bool = False) -> Any:
+    """Compute `x W` from the codes of a kernel whose blocks do not cross rows.
+
+    Args:
+        x: `[..., in]`, bfloat16, of at most `few_rows.MOST_ROWS` rows.
+        leaves: the leaves of the kernel.
+        interpret: whether to interpret the program, on any platform.
+
+    Returns:
+        `[..., out]`.
+    """
+    from jax.experimental import pallas as pl
+
+    codes, places = leaves["kernel_nf4"], leaves["kernel_nf4_absmax"]
+    (width, size), count = codes.shape, places.shape[1]
+    step = 2 * few_rows.INPUTS // BLOCK
+    look_up = _look_up if interpret else few_rows.look_up
+
+    def panel(*refs: Any) -> Any:
+        even, odd, codes, places, scale, mean, table, outputs, start, part = refs
+        own = outputs.start + jnp.arange(few_rows.OUTPUTS, dtype=jnp.int32)
+
+        def add(i: Any, total: Any) -> Any:
+            at = pl.ds(start + i * few_rows.INPUTS, few_rows.INPUTS)
+            block = 2 * at.start // BLOCK
+            absmax = places[outputs, pl.ds(block, step)]
+            if absmax.dtype != jnp.float32:
+                absmax = few_rows.gather(table, absmax.astype(jnp.int32))
+            number = own[:, None] * count + block + jnp.arange(step, dtype=jnp.int32)[None]
+            absmax = absmax * few_rows.gather(scale, number // SECOND) + mean[0]
+            wide = jnp.broadcast_to(
+                absmax.astype(jnp.bfloat16)[:, :, None], (*absmax.shape, BLOCK // 2)
+            ).reshape(absmax.shape[0], few_rows.INPUTS)
+            high, low = look_up(codes[outputs, at], CODES)
+            total += few_rows.dot(even[:, at], high * wide, transposed=True)
+            return total + few_rows.dot(odd[:, at], low * wide, transposed=True)
+
+        return few_rows.add_steps(part // few_rows.INPUTS, add, even.shape[0])
+
+    pairs = x.reshape(-1, size, 2)  # the high code of a byte is that of an even input
+    scale, mean = leaves["kernel_nf4_absmax_scale"], leaves["kernel_nf4_absmax_mean"]
+    stored = (codes, places, scale, mean.reshape(1), jnp.asarray(dynamic(), jnp.float32))
+    rows = (pairs[..., 0], pairs[..., 1])
+    (y,) = few_rows.run_panels("nf4_few_rows", panel, rows, [stored], [width], interpret)
+    return y.reshape(*x.shape[:-1], width)
+
+
+def _look_up(codes: Any, values: tuple[float, ...]) -> tuple[Any, Any]:
+    """Return what `few_rows.look_up` returns, without instructions of a GPU."""
+    return select(codes >> 4, values, jnp.bfloat16), select(codes & 15, values, jnp.bfloat16)
+
+
 NF4 = Quantized(
     leaves=_NAMES,
     read=lambda leaves: decode(leaves, jnp.float32).T,
     shape=lambda shape: (2 * shape[1], shape[0]),
     store=store,
-    forward=forward_of(decode),
+    forward=forward,
     backward=backward_of(decode),
     even=True,
     pooled=True,

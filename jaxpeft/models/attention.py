@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from jaxpeft.errors import ConfigError
-from jaxpeft.models import chunked_attention
+from jaxpeft.models import chunked_attention, decode_attention
 from jaxpeft.models.attention_scores import Scoring
 from jaxpeft.models.base import ModelOptions
 from jaxpeft.models.layers import dropout
@@ -83,7 +83,10 @@ def attend(
         `[batch, query, heads * d]`.
     """
     if cached is not None:
-        return _with_cache(q, k, v, mask, *cached, scoring).reshape(*q.shape[:2], -1)
+        own = KERNELS[kernel].platform == "cuda" and mesh_of() is None
+        fast = own and decode_attention.takes(q, k, *cached)
+        run = decode_attention.compute if fast else _with_cache
+        return run(q, k, v, mask, *cached, scoring).reshape(*q.shape[:2], -1)
     rate = dropout_rate if module.has_rng("dropout") else 0.0
     spread = size_of(SEQUENCE) > 1
     if spread and kernel != "xla":

@@ -26,6 +26,8 @@ from jaxpeft.sharding.logical_axes import BATCH, HEAD_DIM, KV_HEADS, constrain
 Array = jax.Array
 _KEYS, _VALUES, _POSITIONS = "keys", "values", "positions"
 _STACKED = -1
+SLOTS = 32
+"""The number of slots of a cache is a multiple of it, for kernels that read blocks of slots."""
 
 
 @partial(
@@ -107,7 +109,8 @@ def _layer(path: paths.Path) -> int:
 
 
 def allocate(like: Cache, slots: int) -> Cache:
-    """Return an empty cache with the shapes and dtypes of another, but `slots` slots."""
+    """Return an empty cache with the shapes and dtypes of another, but at least `slots` slots."""
+    slots = -(-slots // SLOTS) * SLOTS
 
     def zeros(leaf: Array) -> Array:
         return _constrain(jnp.zeros((*leaf.shape[:-2], slots, leaf.shape[-1]), leaf.dtype))

@@ -8,10 +8,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft.core import paths
 from jaxpeft.core.paths import Path
+from jaxpeft.kernels import few_rows
 from jaxpeft.models.base import PAST, ROUTING, ModelOptions
 from jaxpeft.remat import INPUT, PRODUCT, REMAT_POLICIES, RematPolicy
 from jaxpeft.sharding.logical_axes import mesh_of
@@ -117,9 +119,18 @@ def mark_input(x: Array) -> Array:
 class Linear(nn.Dense):
     """A linear module that can compute other modules with the same input (`together`)."""
 
+    dot_general: Any = few_rows.dot_general
+
     def together(self, x: Array, *others: nn.Dense) -> tuple[Array, ...]:
         """Return the outputs of this module and of others for `x`."""
-        return self(x), *(other(x) for other in others)
+        modules = (self, *others)
+        if self.is_initializing() or any(
+            set(each.variables["params"]) != {"kernel"} for each in modules
+        ):
+            return tuple(each(x) for each in modules)
+        leaves = (each.get_variable("params", "kernel") for each in modules)
+        x, *kernels = promote_dtype(x, *leaves, dtype=self.dtype)
+        return few_rows.products(x, kernels)
 
 
 def dense(features: int, name: str | None, options: ModelOptions, *, bias: bool = True) -> Linear:
