@@ -75,6 +75,13 @@ ROWS: Mapping[str, Row] = {
             )
         )
     ),
+    "beft": Row(
+        jaxpeft.BEFT(targets=r".*(query|value|output\.dense)"),
+        # without a bias, as in the decoder, it cannot be merged
+        models=(ENCODER,),
+        peft=("BeftConfig", {"target_modules": r".*(query|value|output\.dense)"}),
+        peft_models=(ENCODER,),
+    ),
     "bitfit": Row(jaxpeft.BitFit(), models=(ENCODER,)),
     "head": Row(jaxpeft.Head(), models=(ENCODER,)),
     "full": Row(jaxpeft.Full(), unquantized=QUANTIZED),
@@ -115,6 +122,11 @@ ROWS: Mapping[str, Row] = {
         peft=("VeraConfig", {"r": 16, "target_modules": LINEAR}),
         moved=0.1,
     ),
+    "pvera": Row(
+        jaxpeft.PVeRA(rank=16, targets=LINEAR),
+        peft=("PveraConfig", {"r": 16, "target_modules": LINEAR}),
+        moved=0.1,
+    ),
     "adalora": Row(
         jaxpeft.AdaLoRA(rank=4, target_rank=3, alpha=6.0, final_steps=1, targets=LINEAR),
         peft=(
@@ -148,6 +160,25 @@ ROWS: Mapping[str, Row] = {
         peft=("HiraConfig", {"r": 4, "target_modules": LINEAR}),
         moved=0.5,
     ),
+    "peanut": Row(
+        jaxpeft.PEANuT(rank=4, depth=1, activation="tanh", targets=LINEAR),
+        peft=("PeanutConfig", {"r": 4, "depth": 1, "act_fn": "tanh", "target_modules": LINEAR}),
+        moved=0.4,
+    ),
+    "glora": Row(
+        jaxpeft.GLoRA(rank=4, bias_form="vector", targets=LINEAR),
+        peft=("GloraConfig", {"r": 4, "config_D_E": "vector", "target_modules": LINEAR}),
+    ),
+    "deft": Row(
+        jaxpeft.DEFT(rank=4, alpha=6, targets=LINEAR),
+        peft=("DeftConfig", {"r": 4, "alpha": 6, "target_modules": LINEAR}),
+        why="what is injected is what is removed, up to rounding",
+    ),
+    "osf": Row(
+        jaxpeft.OSF(kept_rank=0.75, targets=LINEAR),
+        peft=("OSFConfig", {"effective_rank": 0.75, "target_modules": LINEAR}),
+        moved=0.1,
+    ),
     "c3a": Row(
         jaxpeft.C3A(block_size=8, targets=LINEAR),
         peft=("C3AConfig", {"block_size": 8, "target_modules": LINEAR}),
@@ -158,9 +189,25 @@ ROWS: Mapping[str, Row] = {
         peft=("FourierFTConfig", {"n_frequency": 40, "target_modules": LINEAR}),
         moved=1.0,
     ),
+    "waveft": Row(
+        jaxpeft.WaveFT(coefficients=40, wavelet="db2", scaling=1.0, targets=LINEAR),
+        peft=(
+            "WaveFTConfig",
+            {
+                "n_frequency": 40,
+                "wavelet_family": "db2",
+                "scaling": 1.0,
+                "target_modules": LINEAR,
+            },
+        ),
+    ),
     "shira": Row(
         jaxpeft.SHiRA(rank=2, targets=LINEAR),
         peft=("ShiraConfig", {"r": 2, "target_modules": LINEAR}),
+    ),
+    "supertuning": Row(
+        jaxpeft.SuperTuning(share=0.05, rank=2, targets=LINEAR),
+        peft=("SupertuningConfig", {"sparsity": 0.95, "r": 2, "target_modules": LINEAR}),
     ),
     "oft": Row(
         jaxpeft.OFT(block_size=8, targets=LINEAR),
@@ -196,6 +243,11 @@ ROWS: Mapping[str, Row] = {
     "ptuning_v2": Row(
         jaxpeft.PTuningV2(num_virtual_tokens=5),
         peft=("PrefixTuningConfig", {"num_virtual_tokens": 5}),
+        why=ATTENDED,
+    ),
+    "cartridge": Row(
+        jaxpeft.Cartridge(num_virtual_tokens=5, frozen_tokens=2),
+        peft=("CartridgeConfig", {"num_virtual_tokens": 5, "num_frozen_tokens": 2}),
         why=ATTENDED,
     ),
     "prompt": Row(
