@@ -78,8 +78,8 @@ class GLoRA(Biased):
 
     Leaves of a site, float32, trained: of a low-rank `A` (`B`, `C`) `glora_a_up [in, r]` and
     `glora_a_down [r, out]` (of `C` `[1, r]` and `[r, in]`); of others `glora_a`, `glora_b`
-    `[1, out]` or `[1]`, `glora_c [1, in]`, `glora_d`, `glora_e` `[out]` or `[1]`. `glora_marker []`,
-    not trained, marks the site, since any of them may be absent.
+    `[1, out]` or `[1]`, `glora_c [1, in]`, `glora_d`, `glora_e` `[out]` or `[1]`. Any of them may
+    be absent, so `glora_marker []`, not trained, marks the site.
 
     Raises:
         ConfigError: An option is out of range, or options are incompatible.

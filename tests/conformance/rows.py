@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jaxpeft
@@ -26,6 +26,7 @@ class Row:
         why: why a fresh adapter changes the outputs, for a method that says so.
         scanned: whether stacked layers will do.
         alone: why several cannot serve one batch, as it is told; empty where they can.
+        unmerged: why it cannot be merged on a model, as it is told; without an entry it can.
         unquantized: why its base cannot be quantized, as it is told; empty where it can.
         peft_models: those on which the real `peft` can do it.
         padding: side of the rows that are compared with the real `peft`.
@@ -39,6 +40,7 @@ class Row:
     scanned: bool = True
     padding: str = "right"
     alone: str = ""
+    unmerged: Mapping[str, str] = field(default_factory=dict[str, str])
     unquantized: str = ""
     peft_models: tuple[str, ...] = (DECODER, ENCODER)
 
@@ -76,11 +78,10 @@ ROWS: Mapping[str, Row] = {
         )
     ),
     "beft": Row(
-        jaxpeft.BEFT(targets=r".*(query|value|output\.dense)"),
-        # without a bias, as in the decoder, it cannot be merged
-        models=(ENCODER,),
-        peft=("BeftConfig", {"target_modules": r".*(query|value|output\.dense)"}),
-        peft_models=(ENCODER,),
+        jaxpeft.BEFT(targets=LINEAR),
+        models=(ENCODER, DECODER),  # first the one that it can be merged into
+        peft=("BeftConfig", {"target_modules": LINEAR}),
+        unmerged={DECODER: "merging beft needs a bias, but the module has none"},
     ),
     "bitfit": Row(jaxpeft.BitFit(), models=(ENCODER,)),
     "head": Row(jaxpeft.Head(), models=(ENCODER,)),
