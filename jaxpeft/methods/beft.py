@@ -6,8 +6,7 @@ Biases of value projections are the most effective ones, and the default. A modu
 `b0` can be adapted, too, but then the adapter cannot be merged. `b` starts at zero, so a fresh
 adapter does not change any output.
 
-Huang et al. 2025, "BEFT: Bias-Efficient Fine-Tuning of Language Models", section 3
-(arXiv:2509.15974).
+Huang et al. 2025, "BEFT: Bias-Efficient Fine-Tuning of Language Models" (arXiv:2509.15974).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ tokens, such as the beginning of a corpus. What it is trained on, the paper's se
 the data.
 
 Eyuboglu et al. 2025, "Cartridges: Lightweight and general-purpose long context representations via
-self-study", section 3 (arXiv:2506.06266).
+self-study" (arXiv:2506.06266).
 """
 
 from __future__ import annotations

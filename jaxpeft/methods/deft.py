@@ -8,7 +8,8 @@ orthogonal; with 'qr', the rows of `Q` are an orthonormal basis of those of `P`,
 starts at `W N / s`, so that a fresh adapter does not change the outputs, up to rounding. Without
 `inject`, there is no `R` (the method PaRa), and the subspace is only removed. `D` is dropout.
 
-"DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models" (arXiv:2509.22793).
+Kumar et al. 2025, "DEFT: Decompositional Efficient Fine-Tuning for Text-to-Image Models"
+(arXiv:2509.22793).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ and `E` `[out]` are vectors, single numbers, or absent. Modules without a bias h
 `D` and `E`. One factor of each product starts at zero, and so do vectors and numbers; a fresh
 adapter does not change any output.
 
-Chavan et al. 2023, "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning", section 3
+Chavan et al. 2023, "One-for-All: Generalized LoRA for Parameter-Efficient Fine-tuning"
 (arXiv:2306.07967).
 """
 

@@ -13,7 +13,7 @@ Files contain `V`, `s` and `U`. The others are computed from the base; the signs
 do not matter for them.
 
 Nayak et al. 2025, "Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual
-Learning", section 3 (arXiv:2504.07097).
+Learning" (arXiv:2504.07097).
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ r"""PEANuT: an update that a small network computes from the frozen kernel.
 default there are none, and the update is `f(W A) B`. `B` starts at zero and the others uniform, so
 a fresh adapter does not change any output.
 
-Zhong et al. 2024, "NEAT: Nonlinear Parameter-efficient Adaptation of Pre-trained Models", section
-4.2 (arXiv:2410.01870), published as PEANuT; the residual connections are those of its code.
+Zhong et al. 2024, "PEANuT: Parameter-Efficient Adaptation with Weight-aware Neural Tweakers"
+(arXiv:2410.01870); the residual connections are those of its code.
 """
 
 from __future__ import annotations

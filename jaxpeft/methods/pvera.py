@@ -10,7 +10,8 @@ change any output. `D` is dropout.
 PEFT may leave `A` and `B` out of a file and make them again from torch's random numbers. Here they
 are always written out, and a file without them is refused.
 
-"PVeRA: Probabilistic Vector-Based Random Matrix Adaptation" (arXiv:2512.07703).
+Fillioux et al. 2025, "PVeRA: Probabilistic Vector-Based Random Matrix Adaptation"
+(arXiv:2512.07703).
 """
 
 from __future__ import annotations

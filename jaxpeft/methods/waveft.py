@@ -10,8 +10,8 @@ stride of 2: `R[2 i + a - l + 2, i] = f_a`, `a < l`. So every coefficient adds o
 drawn with a seed, the same for all kernels of one shape. Files contain only the seed, so the draw
 must equal torch's. By default `c` starts at zero, so a fresh adapter does not change any output.
 
-Bilican et al. 2025, "Exploring Sparsity for Parameter Efficient Fine Tuning Using Wavelets",
-section 3 (arXiv:2505.12532). The filters are Daubechies', "Ten Lectures on Wavelets" (1992),
+Bilican et al. 2025, "Exploring Sparsity for Parameter Efficient Fine Tuning Using Wavelets"
+(arXiv:2505.12532). The filters are Daubechies', "Ten Lectures on Wavelets" (1992),
 chapter 6: the spectral factor of least phase.
 """
 

@@ -41,6 +41,7 @@ def test_a_filter_is_orthonormal_to_its_even_shifts_and_has_vanishing_moments(mo
         np.testing.assert_allclose(high @ places, 0, atol=1e-9)
 
 
+SITES = r".*\.(k_proj|down_proj)"
 OPTIONS: dict[str, dict[str, Any]] = {
     "haar": {"wavelet_family": "db1"},
     "db5": {"wavelet_family": "db5"},
@@ -58,12 +59,10 @@ def test_other_wavelets_go_both_ways(reference: Any, tmp_path: Path, name: str) 
         location_seed=5,
         wavelet={"haar": "db1", "pattern": "db3"}.get(name, name),
         coefficients_pattern=OPTIONS[name].get("n_frequency_pattern", {}),
-        targets=("down_proj", "k_proj"),
+        targets=SITES,
     )
     options = {"n_frequency": 30, "scaling": 2.0, "random_loc_seed": 5, **OPTIONS[name]}
-    case = case_of(
-        method, "llama", "WaveFTConfig", target_modules=["down_proj", "k_proj"], **options
-    )
+    case = case_of(method, "llama", "WaveFTConfig", target_modules=SITES, **options)
     assert exported(reference, tmp_path / "ours", case) < 1e-5
     far, found = imported(reference, tmp_path / "theirs", case)
     assert far < 1e-5
