@@ -47,6 +47,7 @@ from jaxpeft.methods.road import RoAd
 from jaxpeft.methods.shira import SHiRA
 from jaxpeft.methods.supertuning import SuperTuning
 from jaxpeft.methods.trainable_tokens import TrainableTokens
+from jaxpeft.methods.unilora import UniLoRA
 from jaxpeft.methods.vblora import VBLoRA
 from jaxpeft.methods.vera import VeRA
 from jaxpeft.methods.waveft import WaveFT
@@ -61,6 +62,7 @@ _ALL: tuple[type[Method], ...] = (
     RandLora,
     GraLoRA,
     VBLoRA,
+    UniLoRA,
     HiRA,
     PEANuT,
     GLoRA,

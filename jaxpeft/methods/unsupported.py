@@ -39,10 +39,6 @@ UNSUPPORTED: Mapping[str, str] = {
         "its vectors are numbered in the order of torch's modules, which a tree of parameters does"
         " not have"
     ),
-    "UNILORA": (
-        "its indices are drawn for all modules at once, in the order of torch's modules, which a"
-        " tree of parameters does not have"
-    ),
     "XLORA": (
         "it runs the base twice: hidden states of the first pass weight several LoRA adapters in"
         " the second one"

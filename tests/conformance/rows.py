@@ -156,6 +156,14 @@ ROWS: Mapping[str, Row] = {
         peft=("VBLoRAConfig", {"num_vectors": 12, "vector_length": 8, "target_modules": LINEAR}),
         why="no logit would have a gradient",
     ),
+    "unilora": Row(
+        jaxpeft.UniLoRA(rank=4, length=50, targets=LINEAR),
+        peft=(
+            "UniLoraConfig",
+            {"r": 4, "theta_d_length": 50, "save_indices": True, "target_modules": LINEAR},
+        ),
+        why="neither matrix would have a gradient",
+    ),
     "hira": Row(
         jaxpeft.HiRA(rank=4, targets=LINEAR),
         peft=("HiraConfig", {"r": 4, "target_modules": LINEAR}),
