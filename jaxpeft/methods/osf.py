@@ -9,7 +9,9 @@ knows, and `l = min(in, out) - k`. `V`, `s` and `U` start at `V0`, `s0` and `U0`
 does not change any output. Their gradients `d` are projected, so that what is learned stays outside
 of the subspaces of the large values.
 
-Files contain `V`, `s` and `U`. The others are computed from the base; the signs of singular vectors
+The trained leaves are about as large as half of the kernel, and the frozen ones as large as its
+whole decomposition, all float32: this is for kernels that fit several times into memory. Files
+contain `V`, `s` and `U`. The others are computed from the base; the signs of singular vectors
 do not matter for them.
 
 Nayak et al. 2025, "Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs for Continual
