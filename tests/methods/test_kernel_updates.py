@@ -96,8 +96,8 @@ VARIANTS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.representatives("glora constant")
 def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> None:
     method, kind, config, options = VARIANTS[name]
     sites = {"target_modules": BERT if kind == "bert" else WIDE}
@@ -113,6 +113,7 @@ def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> Non
 
 @pytest.mark.parametrize("projection", ["relu", "qr"])
 @pytest.mark.parametrize("alpha", [None, 12])
+@pytest.mark.representatives("12-qr")
 def test_a_fresh_deft_is_the_base_up_to_rounding(projection: str, alpha: int | None) -> None:
     model, base = load("llama")
     method = jaxpeft.DEFT(rank=4, alpha=alpha, projection=projection, targets=WIDE)
@@ -121,8 +122,8 @@ def test_a_fresh_deft_is_the_base_up_to_rounding(projection: str, alpha: int | N
     np.testing.assert_allclose(run(model, fresh), run(model, base), atol=1e-5)
 
 
-def test_deft_drops_only_the_input_of_what_is_injected() -> None:
-    """So the mean over dropout is what is computed without."""
+@pytest.mark.slow
+def test_dropout_of_deft_acts_in_training_only() -> None:
     model, base = load("llama")
     method = jaxpeft.DEFT(rank=4, dropout=0.3, targets=("up_proj",), layers_to_transform=(1,))
     params = jaxpeft.rewrite(method, base, KEY)
@@ -137,6 +138,7 @@ def test_deft_drops_only_the_input_of_what_is_injected() -> None:
     )
 
 
+@pytest.mark.slow  # it imports peft
 @pytest.mark.parametrize("shape", [(12, 7), (7, 12)], ids=str)
 def test_gradients_of_osf_are_those_of_peft(shape: tuple[int, int]) -> None:
     import peft

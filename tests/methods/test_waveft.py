@@ -50,8 +50,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.representatives("db5")
 def test_other_wavelets_go_both_ways(reference: Any, tmp_path: Path, name: str) -> None:
     method = jaxpeft.WaveFT(
         coefficients=30,
