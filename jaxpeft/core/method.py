@@ -148,6 +148,16 @@ class Method:
 
     # --------------------------------------------------------------------------------------- leaves
 
+    def over(self, sites: tuple[Site, ...]) -> Method:
+        """Return the method as it initializes these sites; itself if they do not depend on each
+        other.
+
+        Args:
+            sites: the adapted sites, one per layer.
+        """
+        del sites
+        return self
+
     def init(self, site: Site, kernel: Kernel, rng: jax.Array) -> dict[str, jax.Array]:
         """Initialize the float32 adapter leaves of one site of one layer.
 

@@ -158,7 +158,9 @@ def _make_site(
     plan = views.kernel_view(module, shapes, einsum) or views.KernelView(
         type(module).__name__, (0, 0)
     )
-    return Site(path, _names(path, layers), plan.shape, layers, plan.kind, plan.order)
+    return Site(
+        path, _names(path, layers), plan.shape, layers, plan.kind, plan.order, "bias" in shapes
+    )
 
 
 def _names(path: Path, layers: tuple[int, ...]) -> tuple[str, ...]:

@@ -142,9 +142,11 @@ def add_leaves(
     chosen: Mapping[Site, tuple[bool, ...]],
 ) -> None:
     """Add the leaves of one method to a tree, in place."""
+    adapted = tuple(site.one(i) for site, on in chosen.items() for i, yes in enumerate(on) if yes)
+    placed = method.over(adapted)
     for site, on in chosen.items():
         node = paths.get(tree, site.path)
-        leaves = site_leaves(method, site, on, paths.get(params, site.path), rng)
+        leaves = site_leaves(placed, site, on, paths.get(params, site.path), rng)
         twice = sorted(leaves.keys() & node.keys())
         if twice:
             raise ConfigError(
@@ -152,7 +154,6 @@ def add_leaves(
                 " overlap"
             )
         node.update(leaves)
-    adapted = tuple(site.one(i) for site, on in chosen.items() for i, yes in enumerate(on) if yes)
     tree.update(
         method.init_root(
             params, adapted, jax.random.fold_in(rng, zlib.crc32(method.name.encode()) & 0x7FFFFFFF)

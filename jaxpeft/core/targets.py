@@ -44,6 +44,7 @@ class Site:
         kind: `linear`, `embedding` or `norm`; the name of the module's type if no method can adapt
             it.
         order: the axes of its kernel, contracted ones first; empty if they already are.
+        bias: whether it has a bias.
     """
 
     path: Path
@@ -52,6 +53,7 @@ class Site:
     layers: tuple[int, ...] = ()
     kind: str = "linear"
     order: tuple[int, ...] = ()
+    bias: bool = False
 
     @property
     def name(self) -> str:
@@ -107,7 +109,7 @@ def find_sites(params: Mapping[str, Any], kinds: Sequence[str] = ("linear",)) ->
         found = kernels.describe(node, len(layers))
         if found is not None and found[0] in kinds:
             names = paths.hf_names(path, layers)
-            sites.append(Site(path, names, found[1], layers, found[0]))
+            sites.append(Site(path, names, found[1], layers, found[0], bias="bias" in node))
     return sites
 
 

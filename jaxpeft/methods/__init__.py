@@ -10,15 +10,19 @@ from jaxpeft.core.options import parse
 from jaxpeft.errors import ConfigError, nearest, show
 from jaxpeft.methods.adalora import AdaLoRA
 from jaxpeft.methods.adapter import Adapter
+from jaxpeft.methods.beft import BEFT
 from jaxpeft.methods.bitfit import BitFit
 from jaxpeft.methods.boft import BOFT
 from jaxpeft.methods.c3a import C3A
+from jaxpeft.methods.cartridge import Cartridge
 from jaxpeft.methods.compacter import Compacter
+from jaxpeft.methods.deft import DEFT
 from jaxpeft.methods.delora import DeLoRA
 from jaxpeft.methods.dora import DoRA
 from jaxpeft.methods.fourierft import FourierFT
 from jaxpeft.methods.freeze import Freeze
 from jaxpeft.methods.full import Full
+from jaxpeft.methods.glora import GLoRA
 from jaxpeft.methods.gralora import GraLoRA
 from jaxpeft.methods.head import Head
 from jaxpeft.methods.hira import HiRA
@@ -32,32 +36,46 @@ from jaxpeft.methods.lora_fa import LoRAFA
 from jaxpeft.methods.miss import MiSS
 from jaxpeft.methods.mixed import Mixed
 from jaxpeft.methods.oft import OFT
+from jaxpeft.methods.osf import OSF
+from jaxpeft.methods.peanut import PEANuT
 from jaxpeft.methods.prefix import PrefixTuning, PTuningV2
 from jaxpeft.methods.prompt import PromptTuning
 from jaxpeft.methods.ptuning import PTuning
+from jaxpeft.methods.pvera import PVeRA
 from jaxpeft.methods.randlora import RandLora
 from jaxpeft.methods.road import RoAd
 from jaxpeft.methods.shira import SHiRA
+from jaxpeft.methods.supertuning import SuperTuning
 from jaxpeft.methods.trainable_tokens import TrainableTokens
+from jaxpeft.methods.unilora import UniLoRA
 from jaxpeft.methods.vblora import VBLoRA
 from jaxpeft.methods.vera import VeRA
+from jaxpeft.methods.waveft import WaveFT
 
 _ALL: tuple[type[Method], ...] = (
     LoRA,
     DoRA,
     LoRAFA,
     VeRA,
+    PVeRA,
     AdaLoRA,
     RandLora,
     GraLoRA,
     VBLoRA,
+    UniLoRA,
     HiRA,
+    PEANuT,
+    GLoRA,
+    DEFT,
+    OSF,
     IA3,
     LoHa,
     LoKr,
     C3A,
     FourierFT,
+    WaveFT,
     SHiRA,
+    SuperTuning,
     OFT,
     BOFT,
     HRA,
@@ -68,8 +86,10 @@ _ALL: tuple[type[Method], ...] = (
     Compacter,
     PrefixTuning,
     PTuningV2,
+    Cartridge,
     PromptTuning,
     PTuning,
+    BEFT,
     BitFit,
     LNTuning,
     Freeze,

@@ -19,7 +19,7 @@ Li and Liang 2021, "Prefix-Tuning: Optimizing Continuous Prompts for Generation"
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from jaxpeft.core.method import Call, Leaves, Method
 from jaxpeft.core.options import option
@@ -49,11 +49,14 @@ _ROOT_LEAVES = (
 )
 
 
-@dataclass(frozen=True)
-class PrefixTuningFormat(VirtualTokensFormat["PrefixTuning"]):
-    """The file format of `PrefixTuning` adapters."""
+M = TypeVar("M", bound=VirtualTokens)
 
-    def base_sizes(self, method: PrefixTuning, params: Leaves, config: Any) -> dict[str, Any]:
+
+@dataclass(frozen=True)
+class PrefixSizesFormat(VirtualTokensFormat[M]):
+    """The file format of adapters that are keys and values."""
+
+    def base_sizes(self, method: M, params: Leaves, config: Any) -> dict[str, Any]:
         """Return the sizes of the base, with the number of key heads."""
         width, heads = layers_and_width(params)[1], config.num_attention_heads
         sizes = {
@@ -82,7 +85,7 @@ class PrefixTuning(VirtualTokens):
         trained=frozenset(_ROOT_LEAVES) - {"prefix_dropout"},
     )
     peft: ClassVar[PeftFormat[Any]] = VirtualTokens.peft.replace(
-        PrefixTuningFormat,
+        PrefixSizesFormat,
         type="PREFIX_TUNING",
         ignored=VirtualTokens.peft.ignored | {"prefix_projection", "init_weights"},
     )
@@ -141,7 +144,7 @@ class PrefixTuning(VirtualTokens):
         ids = repeat_tokens(
             self.init_tokens, self.num_virtual_tokens, word_embedding(params).shape[0]
         )
-        return self, {**params, "prefix_embeddings": _keys_and_values(run, ids)}
+        return self, {**params, "prefix_embeddings": keys_and_values(run, ids)}
 
     @staticmethod
     def table(leaves: Leaves) -> Any:
@@ -188,7 +191,7 @@ class PTuningV2(PrefixTuning):
     )
 
 
-def _keys_and_values(run: Any, ids: Any) -> jax.Array:
+def keys_and_values(run: Any, ids: Any) -> jax.Array:
     """Compute the keys, rotated, and values of each layer for a row of tokens: float32
     `[n, layers, 2, w]`.
     """

@@ -28,6 +28,7 @@ from jaxpeft import models
 from jaxpeft.core.folding import can_fold
 from jaxpeft.core.tree import count
 from jaxpeft.methods import METHODS
+from jaxpeft.methods.unsupported import UNSUPPORTED
 from jaxpeft.models.base import ModelOptions, abstract_params
 from tests.conformance.rows import ROWS, SHOWN
 
@@ -226,18 +227,22 @@ def page(results: Results | None) -> str:
 
 
 def peft_types() -> str:
-    """Return which kinds of files of PEFT's no method reads."""
+    """Return which kinds of files of PEFT's no method reads, and why."""
     from peft import PeftType
 
-    theirs, ours = (
-        [str(kind.value) for kind in PeftType],
-        {cls.peft.type for cls in METHODS.values()},
-    )
-    lacking = [f"`{kind}`" for kind in theirs if kind not in ours]
-    return (
-        f"Of the {len(theirs)} types of PEFT {version('peft')} {len(theirs) - len(lacking)} go both"
-        f" ways. A file of another is refused by name: {', '.join(lacking)}."
-    )
+    count = len(PeftType)
+    lines = [
+        (
+            f"Of the {count} types of PEFT {version('peft')} {count - len(UNSUPPORTED)} go both"
+            " ways. A file of another is refused by name, with the reason:"
+        ),
+        "",
+        "| PEFT type | why not |",
+        "|---|---|",
+        *(f"| `{kind}` | {why} |" for kind, why in UNSUPPORTED.items()),
+        "",
+    ]
+    return "\n".join(lines)
 
 
 def main(argv: list[str]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jaxpeft
@@ -26,6 +26,7 @@ class Row:
         why: why a fresh adapter changes the outputs, for a method that says so.
         scanned: whether stacked layers will do.
         alone: why several cannot serve one batch, as it is told; empty where they can.
+        unmerged: why it cannot be merged on a model, as it is told; without an entry it can.
         unquantized: why its base cannot be quantized, as it is told; empty where it can.
         peft_models: those on which the real `peft` can do it.
         padding: side of the rows that are compared with the real `peft`.
@@ -39,6 +40,7 @@ class Row:
     scanned: bool = True
     padding: str = "right"
     alone: str = ""
+    unmerged: Mapping[str, str] = field(default_factory=dict[str, str])
     unquantized: str = ""
     peft_models: tuple[str, ...] = (DECODER, ENCODER)
 
@@ -74,6 +76,12 @@ ROWS: Mapping[str, Row] = {
                 jaxpeft.LNTuning(),
             )
         )
+    ),
+    "beft": Row(
+        jaxpeft.BEFT(targets=LINEAR),
+        models=(ENCODER, DECODER),  # first the one that it can be merged into
+        peft=("BeftConfig", {"target_modules": LINEAR}),
+        unmerged={DECODER: "merging beft needs a bias, but the module has none"},
     ),
     "bitfit": Row(jaxpeft.BitFit(), models=(ENCODER,)),
     "head": Row(jaxpeft.Head(), models=(ENCODER,)),
@@ -115,6 +123,11 @@ ROWS: Mapping[str, Row] = {
         peft=("VeraConfig", {"r": 16, "target_modules": LINEAR}),
         moved=0.1,
     ),
+    "pvera": Row(
+        jaxpeft.PVeRA(rank=16, targets=LINEAR),
+        peft=("PveraConfig", {"r": 16, "target_modules": LINEAR}),
+        moved=0.1,
+    ),
     "adalora": Row(
         jaxpeft.AdaLoRA(rank=4, target_rank=3, alpha=6.0, final_steps=1, targets=LINEAR),
         peft=(
@@ -143,10 +156,37 @@ ROWS: Mapping[str, Row] = {
         peft=("VBLoRAConfig", {"num_vectors": 12, "vector_length": 8, "target_modules": LINEAR}),
         why="no logit would have a gradient",
     ),
+    "unilora": Row(
+        jaxpeft.UniLoRA(rank=4, length=50, targets=LINEAR),
+        peft=(
+            "UniLoraConfig",
+            {"r": 4, "theta_d_length": 50, "save_indices": True, "target_modules": LINEAR},
+        ),
+        why="neither matrix would have a gradient",
+    ),
     "hira": Row(
         jaxpeft.HiRA(rank=4, targets=LINEAR),
         peft=("HiraConfig", {"r": 4, "target_modules": LINEAR}),
         moved=0.5,
+    ),
+    "peanut": Row(
+        jaxpeft.PEANuT(rank=4, depth=1, activation="tanh", targets=LINEAR),
+        peft=("PeanutConfig", {"r": 4, "depth": 1, "act_fn": "tanh", "target_modules": LINEAR}),
+        moved=0.4,
+    ),
+    "glora": Row(
+        jaxpeft.GLoRA(rank=4, bias_form="vector", targets=LINEAR),
+        peft=("GloraConfig", {"r": 4, "config_D_E": "vector", "target_modules": LINEAR}),
+    ),
+    "deft": Row(
+        jaxpeft.DEFT(rank=4, alpha=6, targets=LINEAR),
+        peft=("DeftConfig", {"r": 4, "alpha": 6, "target_modules": LINEAR}),
+        why="what is injected is what is removed, up to rounding",
+    ),
+    "osf": Row(
+        jaxpeft.OSF(kept_rank=0.75, targets=LINEAR),
+        peft=("OSFConfig", {"effective_rank": 0.75, "target_modules": LINEAR}),
+        moved=0.1,
     ),
     "c3a": Row(
         jaxpeft.C3A(block_size=8, targets=LINEAR),
@@ -158,9 +198,25 @@ ROWS: Mapping[str, Row] = {
         peft=("FourierFTConfig", {"n_frequency": 40, "target_modules": LINEAR}),
         moved=1.0,
     ),
+    "waveft": Row(
+        jaxpeft.WaveFT(coefficients=40, wavelet="db2", scaling=1.0, targets=LINEAR),
+        peft=(
+            "WaveFTConfig",
+            {
+                "n_frequency": 40,
+                "wavelet_family": "db2",
+                "scaling": 1.0,
+                "target_modules": LINEAR,
+            },
+        ),
+    ),
     "shira": Row(
         jaxpeft.SHiRA(rank=2, targets=LINEAR),
         peft=("ShiraConfig", {"r": 2, "target_modules": LINEAR}),
+    ),
+    "supertuning": Row(
+        jaxpeft.SuperTuning(share=0.05, rank=2, targets=LINEAR),
+        peft=("SupertuningConfig", {"sparsity": 0.95, "r": 2, "target_modules": LINEAR}),
     ),
     "oft": Row(
         jaxpeft.OFT(block_size=8, targets=LINEAR),
@@ -196,6 +252,11 @@ ROWS: Mapping[str, Row] = {
     "ptuning_v2": Row(
         jaxpeft.PTuningV2(num_virtual_tokens=5),
         peft=("PrefixTuningConfig", {"num_virtual_tokens": 5}),
+        why=ATTENDED,
+    ),
+    "cartridge": Row(
+        jaxpeft.Cartridge(num_virtual_tokens=5, frozen_tokens=2),
+        peft=("CartridgeConfig", {"num_virtual_tokens": 5, "num_frozen_tokens": 2}),
         why=ATTENDED,
     ),
     "prompt": Row(

@@ -27,6 +27,8 @@ pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:Found missing adapter keys .*randlora_[AB].default.*:UserWarning"
     ),
+    # BEFT says that it cannot be merged.
+    pytest.mark.filterwarnings("ignore:Detected that the base layer has no bias:UserWarning"),
     # It knows norms of no model.
     pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning"),
     # BOFT looks for a CUDA extension, without which it computes one butterfly factor.

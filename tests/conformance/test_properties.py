@@ -118,6 +118,10 @@ def test_merged_is_unmerged_or_merging_refuses(subject: Subject) -> None:
         ):
             jaxpeft.merge(subject.method, subject.moved)
         return
+    if why := subject.row.unmerged.get(subject.kind):
+        with pytest.raises(ConfigError, match=why):
+            jaxpeft.merge(subject.method, subject.moved)
+        return
     merged = jaxpeft.merge(subject.method, subject.moved)
     assert {p: x.shape for p, x in paths.walk(merged)} == {
         p: x.shape for p, x in paths.walk(subject.base)

@@ -1,4 +1,4 @@
-"""VeRA and RandLora: random matrices that all sites share, in PEFT's files and cut to the size of a
+"""VeRA, PVeRA and RandLora: random matrices that all sites share, in PEFT's files and cut to the size of a
 site.
 """
 
@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import jaxpeft
+from jaxpeft.core.method import Call
 from jaxpeft.core.tree import combine
 from jaxpeft.errors import AdapterError
 from tests.conformance.conftest import moved
@@ -49,6 +50,18 @@ VARIANTS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
             "target_modules": BERT,
             "bias": "vera_only",
             "vera_dropout": 0.1,
+            "d_initial": 0.2,
+        },
+    ),
+    "pvera biases": (
+        jaxpeft.PVeRA(rank=8, targets=BERT, bias="pvera_only", dropout=0.1, d_initial=0.2),
+        "bert",
+        "PveraConfig",
+        {
+            "r": 8,
+            "target_modules": BERT,
+            "bias": "pvera_only",
+            "pvera_dropout": 0.1,
             "d_initial": 0.2,
         },
     ),
@@ -96,8 +109,12 @@ def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> Non
     assert found == method
 
 
-METHODS = [jaxpeft.VeRA(rank=8, targets=WIDE), jaxpeft.RandLora(rank=5, alpha=1.0, targets=WIDE)]
-each_method = pytest.mark.parametrize("method", METHODS, ids=["vera", "randlora"])
+METHODS = [
+    jaxpeft.VeRA(rank=8, targets=WIDE),
+    jaxpeft.RandLora(rank=5, alpha=1.0, targets=WIDE),
+    jaxpeft.PVeRA(rank=8, targets=WIDE),
+]
+each_method = pytest.mark.parametrize("method", METHODS, ids=["vera", "randlora", "pvera"])
 
 
 def replaced(method: Any, **options: Any) -> Any:
@@ -151,7 +168,7 @@ def test_files_without_the_shared_matrices_are_refused(
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({name: tensor for name, tensor in tensors.items() if not name.endswith("_A")}, file)
-    with pytest.raises(AdapterError, match=r"missing: base_model\.(vera|randlora)_A"):
+    with pytest.raises(AdapterError, match=r"missing: base_model\.(vera|randlora|pvera)_A"):
         jaxpeft.load_adapter(tmp_path, model, base)
 
 
@@ -182,6 +199,28 @@ def test_the_bases_are_as_wide_as_the_widest_site_and_of_unit_variance() -> None
         for name in ("randlora_a", "randlora_b"):
             np.testing.assert_allclose(np.std(params[name]), 1, atol=1e-5)
         assert abs(float(np.mean(np.asarray(params["randlora_b"]) == 0)) - zeros) < 0.05
+
+
+def test_pvera_draws_hidden_values_in_training_only() -> None:
+    rng = np.random.default_rng(0)
+    x, a, b = (rng.standard_normal(shape).astype(np.float32) for shape in ((6,), (9, 8), (4, 7)))
+    d, last = (rng.standard_normal(n).astype(np.float32) for n in (8, 5))
+    leaves = {"pvera_a": a, "pvera_b": b, "pvera_lambda_d": d, "pvera_lambda_b": last}
+    rows = jnp.tile(x, (20000, 1))
+    call = Call(
+        {name: jnp.asarray(leaf) for name, leaf in leaves.items()},
+        (rows,),
+        base=lambda x: jnp.zeros((len(x), 5), x.dtype),
+        kernel=lambda: None,
+    )
+    mean, log_variance = np.split(x @ a[:6] * d, 2)
+    quiet = np.asarray(jaxpeft.PVeRA.compute(call))
+    np.testing.assert_allclose(quiet[0], mean @ b[:, :5] * last, rtol=1e-4, atol=1e-5)
+    noisy = dataclasses.replace(call, dropout_key=lambda: jax.random.key(0))
+    drawn = np.asarray(jaxpeft.PVeRA.compute(noisy))
+    spread = np.sqrt(np.exp(log_variance) @ np.square(b[:, :5])) * np.abs(last)
+    np.testing.assert_allclose(drawn.std(0), spread, rtol=0.03)
+    np.testing.assert_allclose((drawn.mean(0) - quiet[0]) / spread, 0, atol=0.03)
 
 
 def test_what_is_refused_by_config() -> None:

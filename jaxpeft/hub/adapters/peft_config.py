@@ -13,6 +13,7 @@ from jaxpeft.errors import AdapterError, show
 from jaxpeft.hub.adapters import companions
 from jaxpeft.methods import METHODS
 from jaxpeft.methods.mixed import Mixed
+from jaxpeft.methods.unsupported import UNSUPPORTED
 
 TASK_TYPES = {
     "causal_lm": "CAUSAL_LM",
@@ -84,9 +85,10 @@ def read(config: Mapping[str, Any], where: str, head: Mapping[str, Any]) -> Meth
         known = ", ".join(
             dict.fromkeys(method.peft.type or name.upper() for name, method in METHODS.items())
         )
+        found = str(config.get("peft_type"))
+        why = f"; {UNSUPPORTED[found]}" if found in UNSUPPORTED else ""
         raise AdapterError(
-            f"{where}: peft_type {show(str(config.get('peft_type')))} is not supported (supported:"
-            f" {known})"
+            f"{where}: peft_type {show(found)} is not supported (supported: {known}){why}"
         )
     own = {key: value for key, value in config.items() if key not in COMMON - kind.peft.ignored}
     others, problems = companions.read_options(kind, own, "lm_head" not in head)

@@ -8,6 +8,7 @@ from jaxpeft.errors import AdapterError
 from jaxpeft.hub.adapters import peft_config
 from jaxpeft.methods import METHODS
 from jaxpeft.methods.lora import LoRA
+from jaxpeft.methods.unsupported import UNSUPPORTED
 
 TASKS = ("causal_lm", "sequence_classification", "token_classification", "encoder")
 MINIMUM = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
@@ -263,6 +264,15 @@ def test_another_kind_of_adapter_is_refused_with_what_is_supported(kind):
     assert problem.startswith(f"peft_type {str(kind)!r} is not supported (supported: LORA, ")
     for name, method in METHODS.items():
         assert (method.peft.type or name.upper()) in problem
+
+
+@pytest.mark.slow  # it imports peft
+def test_each_type_of_pefts_is_read_or_refused_with_a_reason():
+    from peft import PeftType
+
+    read = {method.peft.type for method in METHODS.values()} - {None}
+    assert not read & UNSUPPORTED.keys()
+    assert {str(kind.value) for kind in PeftType} == read | UNSUPPORTED.keys()
 
 
 @pytest.mark.parametrize("empty", [None, [], ""])
