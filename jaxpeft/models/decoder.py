@@ -184,7 +184,7 @@ def _layer_inputs(
     kinds, several = c.layer_kinds, len(rotations) > 1
     numbers = jnp.asarray([kind.window for kind in kinds], jnp.int32)
     window = numbers if c.windows and None in masks else None
-    own = LayerInputs(virtual.past, cache and _cached(c, cache), window)
+    own = LayerInputs(_past(c, virtual.past), cache and _cached(c, cache), window)
     if options.scan_layers:
         ropes = jnp.asarray([kind.rope for kind in kinds], jnp.int32)
         return dataclasses.replace(own, rope=ropes if several else None)
@@ -193,6 +193,22 @@ def _layer_inputs(
         mask=[masks[kind.window] for kind in kinds] if len(masks) > 1 else None,
         rotation=[rotations[kind.rope] for kind in kinds] if several else None,
     )
+
+
+def _past(c: DecoderConfig, past: Array | None) -> Any:
+    """Return the keys and values of virtual positions for each layer.
+
+    Layers with other heads than the widest take the first heads, and of these the first dimensions,
+    as in PEFT.
+    """
+    if past is None or not c.per_layer:
+        return past
+    parts = past.reshape(*past.shape[:-1], -1, c.widest_head)
+    shapes = [(own.num_key_value_heads, own.head_dim) for own in c.per_layer]
+    return [
+        part[..., :heads, :size].reshape(*part.shape[:-2], heads * size)
+        for part, (heads, size) in zip(parts, shapes, strict=True)
+    ]
 
 
 def _cached(c: DecoderConfig, cache: Cache) -> tuple[Any, Any]:

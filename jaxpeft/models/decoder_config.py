@@ -171,6 +171,11 @@ class DecoderConfig:
         return tuple(sizes.get(i, self.head_dim) for i in range(count))
 
     @property
+    def widest_head(self) -> int:
+        """The size of the largest heads of a layer."""
+        return max(self.of_layer(i).head_dim for i in range(self.num_hidden_layers))
+
+    @property
     def projections(self) -> tuple[str, ...]:
         """The modules of a layer that compute queries, keys and values, if they are separate."""
         if self.keys_of is not None:
