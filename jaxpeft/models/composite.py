@@ -34,7 +34,10 @@ RENAMED = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^(model\.language_model|language_model\.model)\.", "model."),
 )
-OTHERS = (r"(vision_tower|audio_tower|embed_vision|embed_audio|multi_modal_projector|visual)\..*",)
+OTHERS = (
+    r"(vision_tower|audio_tower|multi_modal_projector|visual)\..*",
+    r"(embed_vision|embed_audio|vision_embedder)\..*",
+)
 """Tensors of the other models, without the prefix of the backbone."""
 _INHERITED = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", "eos_token_id")
 
