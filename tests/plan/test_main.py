@@ -304,11 +304,23 @@ EXPERTS = {
 }
 
 
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "num_kv_shared_layers": 1,
+    "global_head_dim": 128,
+    "vocab_size_per_layer_input": 512,
+    "hidden_size_per_layer_input": 32,
+}
+
+
 @needs_libtpu
 @pytest.mark.slow
-def test_experts_compile_for_tpus(tmp_path):
+@pytest.mark.parametrize("family", [EXPERTS, GEMMA4], ids=["experts", "unequal-layers"])
+def test_other_families_compile_for_tpus(tmp_path, family):
     words = "--topology", "v5e:2x4", "--strategies", "fsdp_tensor,sequence", "--tries", "0"
-    found, _ = planned(tmp_path, *words, "--config.data.max_length=128", **NARROW, **EXPERTS)
+    found, _ = planned(tmp_path, *words, "--config.data.max_length=128", **{**NARROW, **family})
     for row in found["rows"]:
         assert row["fits"] is True, row["verdict"]
         assert row["model_flops"] > 0
