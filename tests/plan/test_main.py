@@ -317,9 +317,13 @@ GEMMA4 = {
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [EXPERTS, GEMMA4], ids=["experts", "unequal-layers"])
-def test_other_families_compile_for_tpus(tmp_path, family):
-    words = "--topology", "v5e:2x4", "--strategies", "fsdp_tensor,sequence", "--tries", "0"
+@pytest.mark.parametrize(
+    ("family", "strategies"),
+    [(EXPERTS, "fsdp_tensor,sequence"), (GEMMA4, "fsdp_tensor")],  # unrolled layers are slower
+    ids=["experts", "unequal-layers"],
+)
+def test_other_families_compile_for_tpus(tmp_path, family, strategies):
+    words = "--topology", "v5e:2x4", "--strategies", strategies, "--tries", "0"
     found, _ = planned(tmp_path, *words, "--config.data.max_length=128", **{**NARROW, **family})
     for row in found["rows"]:
         assert row["fits"] is True, row["verdict"]
