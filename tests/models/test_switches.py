@@ -133,6 +133,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "gemma4_text",
+        {"enable_moe_block": True},
+        "enable_moe_block: True is not supported: layers have no experts beside their feed-forward",
+    ),
+    (
+        "gemma4_text",
         {"num_kv_shared_layers": 4},
         "num_kv_shared_layers: 4 is not supported: no full_attention layer before them has keys",
     ),

@@ -155,7 +155,7 @@ GEMMA4 = DecoderFamily(
         "layer_embedding": _layer_embedding,
     },
     layer_parts=_layer_parts,
-    refused={"enable_moe_block": "experts beside a dense feed-forward"},
+    refused={"enable_moe_block": "layers have no experts beside their feed-forward"},
     # checkpoints have the keys and values of layers that do not use them
     ignored=(r"layers\.\d+\.self_attn\.(k_proj|v_proj|k_norm|v_norm)\.\w+",),
 )
