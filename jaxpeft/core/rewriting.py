@@ -77,7 +77,9 @@ def require_numbers(params: Mapping[str, Any]) -> None:
             )
 
 
-_FLOATING = frozenset({"kernel", "bias", "scale", "embedding"})
+BUFFERS = frozenset({"layer_scalar"})
+"""Leaves of the base that torch stores as buffers, which are never trained."""
+_FLOATING = frozenset({"kernel", "bias", "scale", "embedding"}) | BUFFERS
 """Leaves of the base that are not quantized."""
 
 
@@ -281,6 +283,8 @@ def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
 
 
 def _trains(method: Method, path: Path, params: Mapping[str, Any], leaf: Any) -> bool:
+    if path[-1] in BUFFERS:
+        return False
     for part in method.parts():
         if path[-1] in (*part.leaves.names, *part.leaves.root):
             return jnp.issubdtype(leaf.dtype, jnp.floating) and part.trains(path, params)

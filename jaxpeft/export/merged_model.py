@@ -33,6 +33,7 @@ from jaxpeft.hub.weights.safetensors_files import Tensor, open_folder
 from jaxpeft.hub.weights.safetensors_writing import Readable
 from jaxpeft.json_files import read_json
 from jaxpeft.methods import MARKERS
+from jaxpeft.methods.virtual_tokens import word_embedding
 from jaxpeft.models import FAMILIES
 from jaxpeft.models.base import Pretrained
 from jaxpeft.models.composite import COMPOSITE
@@ -189,10 +190,7 @@ def untie_head(method: Method, model: Pretrained, params: Tree) -> Pretrained:
     """
     if model.options.task != "causal_lm" or "lm_head" in params:
         return model
-    ((path, embedding),) = (
-        (path, leaf) for path, leaf in paths.walk(params) if path[-1] == "embedding"
-    )
-    node = paths.get(params, path[:-1])
+    node = paths.get(params, word_embedding(params).path)
     apart = [
         p
         for p in parts_that_add(method, MARKERS)
@@ -200,7 +198,7 @@ def untie_head(method: Method, model: Pretrained, params: Tree) -> Pretrained:
     ]
     if not apart:
         return model
-    params["lm_head"] = {"kernel": embedding.T}
+    params["lm_head"] = {"kernel": node["embedding"].T}
     return model.clone(config=dataclasses.replace(model.config, tie_word_embeddings=False))
 
 

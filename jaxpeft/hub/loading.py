@@ -294,9 +294,15 @@ def _grow(outlined: Outline, vocab_size: int, quantized: Mapping[Path, Site]) ->
     """Return the outline of the model with more tokens.
 
     Raises:
-        ConfigError: A kernel that is to be quantized would grow.
+        ConfigError: A kernel that is to be quantized would grow, or each layer embeds the tokens.
     """
     model, own = outlined.model, outlined.abstract
+    if getattr(model.config, "layer_embedding", None) is not None:
+        raise ConfigError(
+            f"vocab_size: {vocab_size} adds tokens, which have no embeddings for each layer"
+            " (embed_tokens_per_layer), and adapter files store none; use the tokens that the model"
+            " has, such as the unused ones of its tokenizer"
+        )
     grown = model.clone(config=dataclasses.replace(model.config, vocab_size=vocab_size))
     wanted = paths.map_with_path(
         lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, paths.get(own, path).dtype),

@@ -96,7 +96,8 @@ class Cartridge(VirtualTokens):
             return self, params
         vocab = word_embedding(params).shape[0]
         ids = repeat_tokens(self.init_tokens, self.num_virtual_tokens, vocab)
-        return self, {**params, **_split(keys_and_values(run, ids), self.frozen_tokens)}
+        layers = params["cartridge_trained"].shape[1]
+        return self, {**params, **_split(keys_and_values(run, ids, layers), self.frozen_tokens)}
 
     @staticmethod
     def table(leaves: Leaves) -> Any:

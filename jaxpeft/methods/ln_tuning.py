@@ -54,6 +54,8 @@ class LNTuning(Selected):
         "post_feedforward_layernorm",
         "post_self_attn_layernorm",
         "post_mlp_layernorm",
+        "post_per_layer_input_norm",
+        "per_layer_projection_norm",
         "norm",
         "q_norm",
         "k_norm",

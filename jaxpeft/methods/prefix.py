@@ -26,6 +26,7 @@ from jaxpeft.core.options import option
 from jaxpeft.core.peft_format import PeftFormat
 from jaxpeft.core.specs import LeafSpec
 from jaxpeft.core.targets import Site
+from jaxpeft.errors import ConfigError
 from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.dropping import drop_input
 from jaxpeft.methods.virtual_tokens import (
@@ -58,11 +59,9 @@ class PrefixSizesFormat(VirtualTokensFormat[M]):
 
     def base_sizes(self, method: M, params: Leaves, config: Any) -> dict[str, Any]:
         """Return the sizes of the base, with the number of key heads."""
-        width, heads = layers_and_width(params)[1], config.num_attention_heads
-        sizes = {
-            "token_dim": width,
-            "num_attention_heads": getattr(config, "num_key_value_heads", heads),
-        }
+        width, size = layers_and_width(params)[1], getattr(config, "widest_head", None)
+        heads = config.num_attention_heads if size is None else width // size
+        sizes = {"token_dim": width, "num_attention_heads": heads}
         return super().base_sizes(method, params, config) | sizes
 
 
@@ -144,7 +143,8 @@ class PrefixTuning(VirtualTokens):
         ids = repeat_tokens(
             self.init_tokens, self.num_virtual_tokens, word_embedding(params).shape[0]
         )
-        return self, {**params, "prefix_embeddings": keys_and_values(run, ids)}
+        layers = params["prefix_embeddings"].shape[1]
+        return self, {**params, "prefix_embeddings": keys_and_values(run, ids, layers)}
 
     @staticmethod
     def table(leaves: Leaves) -> Any:
@@ -191,15 +191,23 @@ class PTuningV2(PrefixTuning):
     )
 
 
-def keys_and_values(run: Any, ids: Any) -> jax.Array:
+def keys_and_values(run: Any, ids: Any, layers: int) -> jax.Array:
     """Compute the keys, rotated, and values of each layer for a row of tokens: float32
     `[n, layers, 2, w]`.
+
+    Raises:
+        ConfigError: Layers have keys of different sizes, or none.
     """
     from jaxpeft.models.base import PAST
     from jaxpeft.models.kv_cache import read_keys
 
     _, kept = jax.jit(lambda base, ids: run.apply(base, ids, mutable=[PAST]))(run.base, ids[None])
-    both = [jnp.stack([*each]) for each in read_keys(kept[PAST])]
+    each = read_keys(kept[PAST])
+    if len({leaf.shape for layer in each for leaf in layer}) > 1 or len(each[0]) < layers:
+        raise ConfigError(
+            "init_tokens: layers have keys of different sizes, or share them; leave it empty"
+        )
+    both = [jnp.stack([*layer]) for layer in each]
     past = jnp.stack(both, axis=1)[:, :, 0]  # [layers, 2, kv_heads, n, d]
     past = jnp.transpose(past, (3, 0, 1, 2, 4)).astype(jnp.float32)
     return past.reshape(*past.shape[:3], -1)

@@ -26,6 +26,7 @@ from jaxpeft.methods.virtual_tokens import (
     VirtualTokens,
     call_with_virtual,
     each_row,
+    prompt_width,
     repeat_tokens,
     rows_of,
     word_embedding,
@@ -87,7 +88,7 @@ class PromptTuning(VirtualTokens):
     ) -> dict[str, jax.Array]:
         """Initialize the table; `init_text` is applied later, in `start`."""
         del sites
-        vocab, hidden = word_embedding(params).shape
+        hidden, vocab = prompt_width(params), word_embedding(params).shape[0]
         if self.init_weights == "normal":
             return {
                 "prompt_embeddings": jax.random.normal(

@@ -37,7 +37,7 @@ from jaxpeft.methods.virtual_tokens import (
     call_with_virtual,
     each_row,
     linear,
-    word_embedding,
+    prompt_width,
 )
 
 _ROOT_LEAVES = (
@@ -112,7 +112,7 @@ class PTuning(VirtualTokens):
     ) -> dict[str, jax.Array]:
         """Initialize the embeddings, and the network as in torch."""
         del sites
-        hidden = word_embedding(params).shape[1]
+        hidden = prompt_width(params)
         e, keys = self.encoder_hidden_size or hidden, jax.random.split(rng, 8)
         leaves = {
             "ptuning_embeddings": jax.random.normal(

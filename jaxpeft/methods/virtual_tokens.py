@@ -13,7 +13,7 @@ produces it is saved in checkpoints, but not in files, as in Hugging Face PEFT.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -21,6 +21,7 @@ from jaxpeft import kernels
 from jaxpeft.core import paths
 from jaxpeft.core.method import Call, Leaves, Method
 from jaxpeft.core.options import option
+from jaxpeft.core.paths import Path
 from jaxpeft.core.peft_format import PeftFormat
 from jaxpeft.core.specs import SiteSpec
 from jaxpeft.core.targets import Site, find_sites
@@ -32,8 +33,13 @@ _KEYS, _WORDS = (
     ("k_proj", "key", "k_lin"),
     ("embed_tokens", "word_embeddings", "tok_embeddings", "wte"),
 )
+_QUERIES = ("q_proj", "query", "q_lin")
 _JOINT = {"qkv_proj": "o_proj"}
 """Projections to queries, keys and values together, with the projection after attention."""
+
+
+_LAYER_WORDS = "embed_tokens_per_layer"
+"""The module that embeds tokens for each layer."""
 
 
 M = TypeVar("M", bound="VirtualTokens")
@@ -162,26 +168,63 @@ def each_row(call: Call, table: Any) -> Any:
 
 
 def layers_and_width(params: Leaves) -> tuple[int, int]:
-    """Return the number of attention layers and the width of their keys.
+    """Return the number of layers, and the width of the keys of the widest heads.
+
+    Keys may differ in the number and the size of their heads, if a norm of keys tells the size: a
+    layer then takes the first heads, and of these the first dimensions, of a prefix for the widest
+    heads. A layer that attends to the keys of another leaves its part unused. Both are as in PEFT.
 
     Raises:
-        ConfigError: There are no key projections, or they differ in width.
+        ConfigError: There are no key projections, or no width fits all.
     """
-    sites = {site.path: site for site in find_sites(params)}
-    keys = [(site, site.shape[1]) for path, site in sites.items() if path[-1] in _KEYS]
+    sites = {site.path: site for site in find_sites(params, ("linear", "norm"))}
+    keys = [site for path, site in sites.items() if path[-1] in _KEYS]
+    queries = [site for path, site in sites.items() if path[-1] in _QUERIES]
+    widths = {site.shape[1] for site in keys}
     for path, site in sites.items():
         output = sites.get((*path[:-1], _JOINT.get(path[-1], "")))
         if output is not None:  # the queries are as wide as what follows attention
-            keys.append((site, (site.shape[1] - output.shape[0]) // 2))
-    widths = sorted({width for _, width in keys})
-    if len(widths) != 1:
-        found = (
-            f"are {' and '.join(map(str, widths))} wide"
-            if keys
-            else f"({', '.join((*_KEYS, *_JOINT))}) are not in the tree"
+            queries.append(site)
+            widths.add((site.shape[1] - output.shape[0]) // 2)
+    if not widths:
+        named = ", ".join((*_KEYS, *_JOINT))
+        raise ConfigError(
+            f"the key projections ({named}) are not in the tree; virtual tokens need"
+            " keys of one width"
         )
-        raise ConfigError(f"the key projections {found}; virtual tokens need keys of one width")
-    return sum(len(site.names) for site, _ in keys), widths[0]
+    layers = max(sum(len(site.names) for site in each) for each in (keys, queries))
+    return layers, _widest(widths, [_shape_of_heads(sites, site) for site in keys])
+
+
+def _shape_of_heads(sites: Mapping[Path, Site], keys: Site) -> tuple[int, int] | None:
+    """Return the number and size of key heads, from the norm of keys; None without one."""
+    norm = sites.get((*keys.path[:-1], "k_norm"))
+    return None if norm is None else (keys.shape[1] // norm.shape[1], norm.shape[1])
+
+
+def _widest(widths: Collection[int], shapes: Sequence[tuple[int, int] | None]) -> int:
+    """Return the width of the widest heads.
+
+    Raises:
+        ConfigError: Widths differ and heads are unknown, or layers have more heads than the one
+            with the widest.
+    """
+    known = [shape for shape in shapes if shape is not None]
+    if len(widths) > 1 and len(known) < len(shapes):
+        found = " and ".join(map(str, sorted(widths)))
+        raise ConfigError(
+            f"the key projections are {found} wide; virtual tokens need keys of one width"
+        )
+    if not known:
+        return max(widths)
+    heads, size = max(known, key=lambda shape: shape[1])
+    if more := [shape for shape in known if shape[0] > heads]:
+        raise ConfigError(
+            f"layers have {more[0][0]} key heads of size {more[0][1]} and {heads} of size {size};"
+            " virtual tokens need layers with no more heads than the one with the widest (PEFT"
+            " leaves the others without a prefix)"
+        )
+    return heads * size
 
 
 def word_embedding(params: Leaves) -> Site:
@@ -198,6 +241,21 @@ def word_embedding(params: Leaves) -> Site:
             f"the word embedding ({', '.join(_WORDS)}) is not in the tree; virtual tokens need it"
         )
     return found
+
+
+def prompt_width(params: Leaves) -> int:
+    """Return the width of a prompt, that of the word embedding.
+
+    Raises:
+        ConfigError: The layers also embed tokens, of which virtual ones have none.
+    """
+    table = next((path for path, _ in paths.walk(params) if _LAYER_WORDS in path), None)
+    if table is not None:
+        raise ConfigError(
+            f"every layer embeds the tokens ({paths.text(table[:-1])}), but virtual tokens have no"
+            " number in its table; use prefix tuning, or a method that adapts modules"
+        )
+    return word_embedding(params).shape[1]
 
 
 def rows_of(params: Leaves, ids: Any) -> Any:

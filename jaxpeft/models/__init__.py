@@ -12,7 +12,7 @@ from jaxpeft.models.base import Family, ModelOptions, Pretrained
 from jaxpeft.models.composite import TEXT_MODELS, text_config
 
 _ALL: tuple[Family, ...] = (
-    decoder.FAMILY,
+    *decoder.FAMILIES,
     *encoder.FAMILIES,
     modernbert.FAMILY,
     deberta.FAMILY,

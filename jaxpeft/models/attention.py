@@ -44,11 +44,15 @@ from jaxpeft.sharding.sizes import SEQUENCE, TENSOR
 Array = jax.Array
 
 
-def by_heads(qkv: Iterable[Array]) -> tuple[Array, Array, Array]:
-    """Constrain the sharding of queries, keys and values `[batch, length, heads, d]`."""
-    q, k, v = qkv
-    k, v = (constrain(array, BATCH, LENGTH, KV_HEADS, HEAD_DIM) for array in (k, v))
-    return constrain(q, BATCH, LENGTH, HEADS, HEAD_DIM), k, v
+def by_heads(qkv: Iterable[Array]) -> tuple[Array, ...]:
+    """Constrain the sharding of queries, and of keys and values if there are some.
+
+    Args:
+        qkv: arrays `[batch, length, heads, d]`, queries first.
+    """
+    q, *others = qkv
+    keys = (constrain(array, BATCH, LENGTH, KV_HEADS, HEAD_DIM) for array in others)
+    return constrain(q, BATCH, LENGTH, HEADS, HEAD_DIM), *keys
 
 
 def attend(

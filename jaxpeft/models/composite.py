@@ -20,6 +20,8 @@ COMPOSITE = "jaxpeft_composite"
 _QWEN2_VL: Mapping[str, Any] = {"model_type": "qwen2", "rms_norm_eps": 1e-5, "rope_theta": 1e6}
 TEXT_MODELS: Mapping[str, Mapping[str, Any]] = {
     "gemma3": {"model_type": "gemma3_text"},
+    "gemma4": {"model_type": "gemma4_text"},
+    "gemma4_unified": {"model_type": "gemma4_unified_text"},
     "mistral3": {"model_type": "mistral"},
     "qwen2_vl": _QWEN2_VL,
     "qwen2_5_vl": _QWEN2_VL,
@@ -32,7 +34,10 @@ RENAMED = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^(model\.language_model|language_model\.model)\.", "model."),
 )
-OTHERS = (r"(vision_tower|multi_modal_projector|visual)\..*",)
+OTHERS = (
+    r"(vision_tower|audio_tower|multi_modal_projector|visual)\..*",
+    r"(embed_vision|embed_audio|vision_embedder)\..*",
+)
 """Tensors of the other models, without the prefix of the backbone."""
 _INHERITED = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", "eos_token_id")
 

@@ -21,8 +21,9 @@ from jaxpeft.models.base import (
 )
 from jaxpeft.models.decoder_config import DecoderConfig, read_config
 from jaxpeft.models.decoder_families import DECODER_FAMILIES
-from jaxpeft.models.decoder_layers import Block, LayerInputs, Rotation
+from jaxpeft.models.decoder_layers import Block, LayerInputs, Rotation, Stream
 from jaxpeft.models.kv_cache import Cache, sow_positions
+from jaxpeft.models.layer_embeddings import embed_for_layers
 from jaxpeft.models.layers import (
     RMSNorm,
     dense,
@@ -76,7 +77,10 @@ class DecoderBackbone(Pretrained):
         where = positions(segment_ids, batch, length) if position_ids is None else position_ids
         virtual = virtual if cache is None else virtual.after_prompt()
         rotated = virtual.positions(where)
-        rotations = [_rotation(c, each, rotated) for each in c.ropes]
+        rotations = [
+            _rotation(c, each, size, rotated)
+            for each, size in zip(c.ropes, c.rope_sizes, strict=True)
+        ]
         if cache is None:
             padding = None if options.right_padded else attention_mask
             rows = make_mask(padding, segment_ids, causal=True)
@@ -85,15 +89,17 @@ class DecoderBackbone(Pretrained):
             mask, places = virtual.mask_with_cache(cache, where, attention_mask)
             masks = dict[int | None, Mask]([(None, mask)])
         sow_positions(self, virtual.key_positions(rotated, attention_mask))
-        x = virtual.prepend(self._embed(input_ids))
-        x = x if c.input_scale == 1 else scaled(x, c.input_scale)
+        words = self._embed(input_ids)
         own = _layer_inputs(c, options, virtual, cache, rotations, masks)
-        x = run_layers(
+        own = dataclasses.replace(own, embedded=_embedded(c, options, input_ids, words))
+        x = virtual.prepend(words)
+        x = x if c.input_scale == 1 else scaled(x, c.input_scale)
+        stream: Any = run_layers(
             Block,
             [{"config": c.of_layer(i), "options": options} for i in range(c.num_hidden_layers)],
             "layers",
             options,
-            constrain(x, BATCH, LENGTH, HIDDEN),
+            Stream(constrain(x, BATCH, LENGTH, HIDDEN)),
             own,
             rotations[0] if own.rope is None else _stacked(rotations),
             next(iter(masks.values())),
@@ -101,7 +107,7 @@ class DecoderBackbone(Pretrained):
             None if c.mixture is None else attention_mask,
         )
         norm = RMSNorm(c.rms_norm_eps, options.dtype, c.norm_offset, name="norm")
-        return norm(x)[:, virtual.prompted :]
+        return norm(stream.x)[:, virtual.prompted :]
 
     def _embed(self, input_ids: Array) -> Array:
         """Return the word embeddings, `[batch, length, d]`."""
@@ -109,9 +115,18 @@ class DecoderBackbone(Pretrained):
         return x if scale == 1 else x * jnp.asarray(scale, x.dtype)
 
 
-def _rotation(c: DecoderConfig, of: rope.Rope, where: Array) -> Rotation:
-    """Return the rotation of tokens at positions `[batch, length]`."""
-    cos, sin = rope.tables(of, c.head_dim, c.max_position_embeddings, where)
+def _embedded(c: DecoderConfig, options: ModelOptions, ids: Array, words: Array) -> Any:
+    """Return the embeddings of tokens for each layer, as in `LayerInputs`; None without any."""
+    if c.layer_embedding is None:
+        return None
+    layers = c.num_hidden_layers
+    found = embed_for_layers(c.layer_embedding, layers, c.rms_norm_eps, options, ids, words)
+    return found if options.scan_layers else [*found]
+
+
+def _rotation(c: DecoderConfig, of: rope.Rope, size: int, where: Array) -> Rotation:
+    """Return the rotation of tokens at positions `[batch, length]`, for heads of a size."""
+    cos, sin = rope.tables(of, size, c.max_position_embeddings, where)
     growth = None
     if c.query_growth is not None:
         beta, start = c.query_growth
@@ -169,7 +184,7 @@ def _layer_inputs(
     kinds, several = c.layer_kinds, len(rotations) > 1
     numbers = jnp.asarray([kind.window for kind in kinds], jnp.int32)
     window = numbers if c.windows and None in masks else None
-    own = LayerInputs(virtual.past, cache and (cache.keys, cache.values), window)
+    own = LayerInputs(_past(c, virtual.past), cache and _cached(c, cache), window)
     if options.scan_layers:
         ropes = jnp.asarray([kind.rope for kind in kinds], jnp.int32)
         return dataclasses.replace(own, rope=ropes if several else None)
@@ -178,6 +193,30 @@ def _layer_inputs(
         mask=[masks[kind.window] for kind in kinds] if len(masks) > 1 else None,
         rotation=[rotations[kind.rope] for kind in kinds] if several else None,
     )
+
+
+def _past(c: DecoderConfig, past: Array | None) -> Any:
+    """Return the keys and values of virtual positions for each layer.
+
+    Layers with other heads than the widest take the first heads, and of these the first dimensions,
+    as in PEFT.
+    """
+    if past is None or not c.per_layer:
+        return past
+    parts = past.reshape(*past.shape[:-1], -1, c.widest_head)
+    shapes = [(own.num_key_value_heads, own.head_dim) for own in c.per_layer]
+    return [
+        part[..., :heads, :size].reshape(*part.shape[:-2], heads * size)
+        for part, (heads, size) in zip(parts, shapes, strict=True)
+    ]
+
+
+def _cached(c: DecoderConfig, cache: Cache) -> tuple[Any, Any]:
+    """Return the cached keys and values of each layer, those of another where layers share them."""
+    if not isinstance(cache.keys, list):
+        return cache.keys, cache.values
+    keys, values = ([of[i] for i in c.cached_layers] for of in (cache.keys, cache.values))
+    return keys, values
 
 
 class DecoderWithHead(Pretrained):
@@ -244,12 +283,15 @@ def build(config: Mapping[str, Any], options: ModelOptions, where: str) -> Pretr
     return kind(parsed, with_pooling(options, parsed.own_pooling))
 
 
-FAMILY = Family(
-    model_types=tuple(DECODER_FAMILIES),
-    build=build,
-    prefix="model",
-    ignored=(r".*rotary_emb\.inv_freq", *composite.OTHERS),
-    renamed=composite.RENAMED,
-    optional=(r"lm_head\..*",),
-    embedding="embed_tokens.weight",
+FAMILIES = tuple(
+    Family(
+        model_types=(model_type,),
+        build=build,
+        prefix="model",
+        ignored=(r".*rotary_emb\.inv_freq", *composite.OTHERS, *family.ignored),
+        renamed=composite.RENAMED,
+        optional=(r"lm_head\..*",),
+        embedding="embed_tokens.weight",
+    )
+    for model_type, family in DECODER_FAMILIES.items()
 )

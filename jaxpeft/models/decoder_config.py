@@ -12,6 +12,7 @@ from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.attention_scores import Scoring
 from jaxpeft.models.base import MOST_HEADS, MOST_LAYERS, ConfigReader
 from jaxpeft.models.experts import Mixture
+from jaxpeft.models.layer_embeddings import LayerEmbedding
 from jaxpeft.models.rope import Rope, RopeSwitches
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -81,6 +82,13 @@ class DecoderConfig:
         other_ropes: rotations of further layers.
         layer_ropes: index of each layer's rotation in `ropes`; None if all are 0.
         mixture: the experts of each layer; None if its feed-forward is dense.
+        value_norm: whether values are normalized, without a scale: `v / sqrt(mean(v^2) + eps)`.
+        keys_as_values: whether values are the projection to keys, before norm and rotation.
+        kept_as: index of the layer, if later layers attend to its keys and values.
+        keys_of: index of the layer to whose keys and values a layer attends, with queries of its
+            own; None if it has keys.
+        layer_scalar: whether the output of a layer is multiplied by a number of its own.
+        layer_embedding: the embeddings of tokens for each layer; None if there are none.
         per_layer: the architecture of each layer, if their leaves differ; empty if all have these
             fields.
     """
@@ -123,6 +131,12 @@ class DecoderConfig:
     other_ropes: tuple[Rope, ...] = ()
     layer_ropes: tuple[int, ...] | None = None
     mixture: Mixture | None = None
+    value_norm: bool = False
+    keys_as_values: bool = False
+    kept_as: int | None = None
+    keys_of: int | None = None
+    layer_scalar: bool = False
+    layer_embedding: LayerEmbedding | None = None
     per_layer: tuple[DecoderConfig, ...] = ()
 
     def of_layer(self, index: int) -> DecoderConfig:
@@ -148,6 +162,32 @@ class DecoderConfig:
     def ropes(self) -> tuple[Rope, ...]:
         """All rotations."""
         return (self.rope, *self.other_ropes)
+
+    @property
+    def rope_sizes(self) -> tuple[int, ...]:
+        """The head size of the layers with each of the rotations."""
+        kinds, count = self.layer_kinds, len(self.ropes)
+        sizes = {kind.rope: self.of_layer(i).head_dim for i, kind in enumerate(kinds)}
+        return tuple(sizes.get(i, self.head_dim) for i in range(count))
+
+    @property
+    def widest_head(self) -> int:
+        """The size of the largest heads of a layer."""
+        return max(self.of_layer(i).head_dim for i in range(self.num_hidden_layers))
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The modules of a layer that compute queries, keys and values, if they are separate."""
+        if self.keys_of is not None:
+            return ("q_proj",)
+        return ("q_proj", "k_proj") if self.keys_as_values else ("q_proj", "k_proj", "v_proj")
+
+    @property
+    def cached_layers(self) -> tuple[int, ...]:
+        """The index in a KV cache of the keys to which each layer attends."""
+        sources = [self.of_layer(i).keys_of for i in range(self.num_hidden_layers)]
+        own = [i for i, source in enumerate(sources) if source is None]
+        return tuple(own.index(i if of is None else of) for i, of in enumerate(sources))
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
@@ -239,6 +279,7 @@ class DecoderFamily:
         layer_parts: returns the fields in which each layer differs from `parts`; None if its leaves
             are those of every layer.
         refused: switches that must be off, with the reason.
+        ignored: regular expressions of tensor names, without the prefix, that no task reads.
     """
 
     model_type: str
@@ -248,6 +289,7 @@ class DecoderFamily:
     parts: Mapping[str, Part] = field(default_factory=dict[str, Part])
     layer_parts: Callable[[ConfigReader, int], Sequence[Mapping[str, Any]]] | None = None
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
+    ignored: tuple[str, ...] = ()
 
 
 _DEFAULTS: Mapping[str, Any] = {
@@ -333,7 +375,9 @@ def read_config(
         reader.refuse(name, why)
     reader.finish()
     found = DecoderConfig(**fields)
-    return replace(found, per_layer=tuple(replace(found, **own) for own in differing))
+    layers_own = tuple(replace(found, **own) for own in differing)
+    unequal = any(own != found for own in layers_own)
+    return replace(found, per_layer=layers_own if unequal else ())
 
 
 _LLAMA_PARTS: Mapping[str, Part] = {

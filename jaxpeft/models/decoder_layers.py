@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,14 @@ from jaxpeft.models.attention import attend, by_heads
 from jaxpeft.models.base import ModelOptions
 from jaxpeft.models.decoder_config import DecoderConfig
 from jaxpeft.models.experts import SparseFeedForward
+from jaxpeft.models.layer_embeddings import add_layer_input
 from jaxpeft.models.layers import (
     RMSNorm,
     dense,
     dropout,
     mark_input,
     mark_product,
+    normalize,
     residual_dense,
     scaled,
 )
@@ -54,15 +56,34 @@ class Rotation:
     growth: Array | None
     interleaved: bool
 
-    def rotate(self, q: Array, k: Array) -> tuple[Array, Array]:
-        """Return the queries and keys `[batch, length, heads, d]` of their positions."""
-        q, k = (rope.rotate(x, self.cos, self.sin, interleaved=self.interleaved) for x in (q, k))
-        return (q if self.growth is None else scaled(q, self.growth)), k
+    def keys(self, k: Array) -> Array:
+        """Return the keys `[batch, length, heads, d]` of their positions."""
+        return rope.rotate(k, self.cos, self.sin, interleaved=self.interleaved)
+
+    def queries(self, q: Array) -> Array:
+        """Return the queries `[batch, length, heads, d]` of their positions."""
+        q = self.keys(q)
+        return q if self.growth is None else scaled(q, self.growth)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["x", "kept"], meta_fields=[])
+@dataclass(frozen=True)
+class Stream:
+    """What a layer gets from the one before.
+
+    Attributes:
+        x: `[batch, length, d]`, the residual stream.
+        kept: keys, rotated, and values `[batch, key, kv_heads, d]` that later layers share, by the
+            index of their layer, see `DecoderConfig.kept_as`.
+    """
+
+    x: Array
+    kept: Mapping[int, tuple[Array, Array]] = field(default_factory=dict[int, tuple[Array, Array]])
 
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["past", "cached", "window", "rope", "mask", "rotation"],
+    data_fields=["past", "cached", "window", "rope", "mask", "rotation", "embedded"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -76,6 +97,7 @@ class LayerInputs:
         rope: index of its rotation, an int32 scalar: in scanned layers with several rotations.
         mask: its mask, if it is not the shared one.
         rotation: its rotation, if it is not the shared one.
+        embedded: its embeddings of the tokens, `[batch, length, w]`, see `layer_embeddings`.
     """
 
     past: Any = None
@@ -84,6 +106,7 @@ class LayerInputs:
     rope: Any = None
     mask: Any = None
     rotation: Any = None
+    embedded: Any = None
 
 
 class Attention(nn.Module):
@@ -96,28 +119,29 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: Array,
-        residual: Array,
+        stream: Stream,
         finish: Finish,
         own: LayerInputs,
         rotation: Rotation,
         mask: Mask,
-    ) -> Array:
+    ) -> Stream:
         """Attend, and add the result to the residual stream.
 
         Args:
-            x: `[batch, length, d]`.
-            residual: `x` before the norm.
+            x: `[batch, length, d]`, normalized.
+            stream: `x` before the norm, with the keys that layers share.
             finish: what is applied to the result before the sum.
             own: past and cached keys and values.
             rotation: rotation of queries and keys.
             mask: the attention mask.
         """
         c = self.config
-        q, k, v = by_heads(self._heads(x))
-        if c.qk_norm and not c.wide_qk_norm:
-            q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
-        q, k = rotation.rotate(q, k)
-        k, v = prepend_virtual(self, own.past, mark_product(k), mark_product(v))
+        q, *fresh = by_heads(self._heads(x))
+        q = rotation.queries(self._of_heads("q_norm", q))
+        kept = stream.kept
+        k, v = self._keys(fresh, own.past, rotation) if c.keys_of is None else kept[c.keys_of]
+        if c.kept_as is not None:
+            kept = {**kept, c.kept_as: (k, v)}
         out = attend(
             self,
             self.options.attention,
@@ -130,27 +154,43 @@ class Attention(nn.Module):
             c.scoring,
         )
         o_proj = residual_dense(c.hidden_size, "o_proj", self.options, bias=c.output_bias)
-        out = o_proj.join(finish(o_proj(out)), residual)
-        return mark_product(constrain(out, BATCH, LENGTH, HIDDEN))
+        out = o_proj.join(finish(o_proj(out)), stream.x)
+        return Stream(mark_product(constrain(out, BATCH, LENGTH, HIDDEN)), kept)
 
-    def _heads(self, x: Array) -> tuple[Array, Array, Array]:
-        """Return queries, keys and values, `[batch, length, heads, d]`."""
+    def _keys(
+        self, projected: Sequence[Array], past: Any, rotation: Rotation
+    ) -> tuple[Array, Array]:
+        """Return the layer's own keys and values, with those of virtual positions."""
+        c, (k, v) = self.config, projected
+        k = rotation.keys(self._of_heads("k_norm", k))
+        v = normalize(v, c.rms_norm_eps).astype(v.dtype) if c.value_norm else v
+        return prepend_virtual(self, past, mark_product(k), mark_product(v))
+
+    def _heads(self, x: Array) -> tuple[Array, ...]:
+        """Return queries, keys and values `[batch, length, heads, d]`, or queries alone."""
         c = self.config
-        counts = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
-        widths = [n * c.head_dim for n in counts]
+        heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         if c.fused_qkv:
+            widths = [n * c.head_dim for n in (heads, kv_heads, kv_heads)]
             joint = dense(sum(widths), "qkv_proj", self.options, bias=c.qkv_bias)(x)
-            q, k, v = jnp.split(joint, (widths[0], widths[0] + widths[1]), axis=-1)
+            parts = tuple(jnp.split(joint, (widths[0], widths[0] + widths[1]), axis=-1))
         else:
-            names = ("q_proj", "k_proj", "v_proj")
+            counts = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
             first, *others = (
-                dense(width, name, self.options, bias=c.qkv_bias)
-                for name, width in zip(names, widths, strict=True)
+                dense(counts[name] * c.head_dim, name, self.options, bias=c.qkv_bias)
+                for name in c.projections
             )
-            q, k, v = first.together(x, *others)
+            parts = first.together(x, *others)
+            parts = parts if "v_proj" in c.projections else (*parts, *parts[1:])
         if c.qk_norm and c.wide_qk_norm:
-            q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
-        return tuple(y.reshape(*y.shape[:2], -1, c.head_dim) for y in (q, k, v))  # pyright: ignore[reportReturnType]
+            q, k, v = parts
+            parts = self._norm("q_norm")(q), self._norm("k_norm")(k), v
+        return tuple(y.reshape(*y.shape[:2], -1, c.head_dim) for y in parts)
+
+    def _of_heads(self, name: str, x: Array) -> Array:
+        """Return queries or keys, normalized by head if the family does."""
+        c = self.config
+        return self._norm(name)(x) if c.qk_norm and not c.wide_qk_norm else x
 
     def _norm(self, name: str) -> RMSNorm:
         c = self.config
@@ -196,17 +236,17 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Array,
+        stream: Stream,
         own: LayerInputs,
         rotation: Rotation,
         mask: Mask,
         places: Array | None,
         real: Array | None = None,
-    ) -> tuple[Array, None]:
+    ) -> tuple[Stream, None]:
         """Run the layer.
 
         Args:
-            x: `[batch, length, d]`.
+            stream: what the layer before returns.
             own: what only this layer gets.
             rotation: rotation of queries and keys; the arrays have a leading axis if `own.rope`
                 selects one of several.
@@ -215,24 +255,31 @@ class Block(nn.Module):
             real: `[batch, length]`, 0 for padding; None without experts.
         """
         c, options = self.config, self.options
-        x = mark_input(x)
+        stream = replace(stream, x=mark_input(stream.x))
         rotation, mask = own.rotation or rotation, own.mask or mask
         if own.rope is not None:
             rotation = jax.tree.map(lambda tables: tables[own.rope], rotation)
         if own.window is not None and places is not None:
-            queries = places[:, -x.shape[1] :]
+            queries = places[:, -stream.x.shape[1] :]
             apart = queries[:, None, :, None] - places[:, None, None, :]
             mask = mask.restrict((apart < own.window) | (own.window == 0))
         names = c.norms
-        h = self._normalize(names.before_attention, x)
+        h = self._normalize(names.before_attention, stream.x)
         finish = partial(self._finish, names.after_attention)
-        x = Attention(c, options, name="self_attn")(h, x, finish, own, rotation, mask)
-        h = self._normalize(names.before_mlp, x)
+        stream = Attention(c, options, name="self_attn")(h, stream, finish, own, rotation, mask)
+        h = self._normalize(names.before_mlp, stream.x)
         finish = partial(self._finish, names.after_mlp)
         if c.mixture is None:
-            return FeedForward(c, options, name="mlp")(h, x, finish), None
-        experts = SparseFeedForward(c.mixture, c.hidden_act, options, name=c.mixture.module)
-        return experts(h, x, finish, real), None
+            x = FeedForward(c, options, name="mlp")(h, stream.x, finish)
+        else:
+            experts = SparseFeedForward(c.mixture, c.hidden_act, options, name=c.mixture.module)
+            x = experts(h, stream.x, finish, real)
+        if own.embedded is not None:
+            x = add_layer_input(x, own.embedded, c.hidden_act, c.rms_norm_eps, options)
+        if c.layer_scalar:
+            factor = self.param("layer_scalar", nn.initializers.ones, (1,), jnp.float32)
+            x = scaled(x, factor.astype(jnp.float32))
+        return replace(stream, x=x), None
 
     def _normalize(self, name: str, x: Array) -> Array:
         c = self.config

@@ -21,6 +21,14 @@ from jaxpeft.sharding.logical_axes import mesh_of
 Array = jax.Array
 
 
+def normalize(x: Array, eps: float) -> Array:
+    """Return `x / sqrt(mean(x^2) + eps)` over the last axis, float32 (Zhang and Sennrich 2019,
+    equation 4, without the scale).
+    """
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + eps)
+
+
 class RMSNorm(nn.Module):
     """`scale * x / sqrt(mean(x^2) + eps)` over the last axis, computed in float32 (Zhang and
     Sennrich 2019, equation 4).
@@ -37,8 +45,7 @@ class RMSNorm(nn.Module):
         """Normalize `[..., d]`; the result has the dtype of the activations."""
         init = nn.initializers.constant(1.0 - self.offset)
         scale = self.param("scale", init, (x.shape[-1],), jnp.float32).astype(jnp.float32)
-        x = x.astype(jnp.float32)
-        normal = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + self.eps)
+        normal = normalize(x, self.eps)
         return (normal * (scale + self.offset if self.offset else scale)).astype(self.dtype)
 
 

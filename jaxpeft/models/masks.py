@@ -105,7 +105,7 @@ class Virtual:
 
     Attributes:
         past: `[layers, 2, batch or 1, n, kv_heads * d]`, the keys (already rotated) and values of
-            each layer; or None.
+            each layer, which takes the part that fits its heads; or None.
         prompt: `[batch or 1, n, hidden]`, embeddings that run through all layers; or None.
         cached: number of positions of a prompt that has run through the layers in an earlier call,
             whose keys are in a KV cache.

@@ -11,6 +11,8 @@ Embedding", section 3.4 (arXiv:2104.09864). The scalings change the frequencies:
                 `0.1 ln(factor) + 1` (Peng et al. 2023, equations 17 to 22, arXiv:2309.00071)
     longrope    each frequency divided by its own factor; one list up to the original number of
                 positions, one beyond (Ding et al. 2024, arXiv:2402.13753)
+    proportional  the first `share d / 2` frequencies divided by the factor, the others 0: their
+                pairs are not rotated (Gemma 4)
     none        no rotation
 """
 
@@ -28,7 +30,7 @@ import numpy as np
 from jaxpeft.errors import show
 from jaxpeft.models.base import ConfigReader
 
-TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Rope:
         short: factor of each frequency of longrope, up to `original` positions.
         long: the same for longer rows.
         truncate: whether yarn rounds the range of its blend to integers.
+        share: share of the pairs that proportional rotates.
     """
 
     kind: str
@@ -62,6 +65,7 @@ class Rope:
     short: tuple[float, ...] = ()
     long: tuple[float, ...] = ()
     truncate: bool = True
+    share: float = 1.0
 
 
 NO_ROPE = Rope("none", 1.0)
@@ -72,6 +76,7 @@ _NEEDED: Mapping[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": (),
     "longrope": (),
+    "proportional": (),
 }
 _SCALED_FROM = ("llama3", "yarn", "longrope")
 
@@ -128,12 +133,26 @@ def read(reader: ConfigReader, head_dim: int, switches: RopeSwitches = RopeSwitc
         low=numbers.get("low_freq_factor", 1.0),
         high=numbers.get("high_freq_factor", 4.0),
         original=_original(reader, settings) if kind in _SCALED_FROM else 0,
-        dims=_dims(reader, field, settings, head_dim, switches),
+        dims=0 if kind == "proportional" else _dims(reader, field, settings, head_dim, switches),
         interleaved=switches.interleaved,
     )
+    if kind == "proportional":
+        return _read_proportional(reader, field, settings, found)
     if kind in ("yarn", "longrope"):
         found = _read_extension(reader, field, settings, found, head_dim)
     return found
+
+
+def _read_proportional(
+    reader: ConfigReader, field: str, settings: Mapping[str, Any], found: Rope
+) -> Rope:
+    """Read the settings of proportional."""
+    name = "partial_rotary_factor"
+    factor, share = settings.get("factor", 1.0), settings.get(name, reader.get(name) or 1.0)
+    if not isinstance(share, int | float) or not 0 <= share <= 1:
+        reader.problems.append(f"{field}: {name}: must be from 0 to 1, is {show(share)}")
+        return found
+    return replace(found, factor=reader.positive(f"{field}: factor", factor), share=float(share))
 
 
 def _dims(
@@ -290,6 +309,9 @@ def _frequencies(rope: Rope, d: int, most_positions: int, positions: jax.Array) 
         )
         return jnp.where(jnp.max(positions) < rope.original, short, long)
     frequencies = np.float32(1.0) / wavelengths
+    if rope.kind == "proportional":
+        rotated = np.arange(d // 2) < int(rope.share * d // 2)
+        frequencies = np.where(rotated, frequencies / np.float32(rope.factor), np.float32(0))
     if rope.kind == "linear":
         frequencies = frequencies / np.float32(rope.factor)
     if rope.kind == "llama3":

@@ -103,15 +103,18 @@ TABLE: tuple[Rule, ...] = (
     *(Rule(f"{module}/kernel", ((TENSOR,), (FSDP,))) for module in _ROWS),
     # shard the width: if the vocabulary is sharded, XLA makes every device look up all rows and
     # all-reduces them (512 MiB on v5e:4x4, here none)
-    Rule(r"(.*/)?(embed_tokens|(word|tok)_embeddings)/embedding", ((TENSOR,), (FSDP,))),
+    Rule(
+        r"(.*/)?(embed_tokens(_per_layer)?|(word|tok)_embeddings)/embedding", ((TENSOR,), (FSDP,))
+    ),
     Rule(r"(.*/)?lm_head/kernel", ((), _BOTH)),
     Rule(r"(.*/)?((pooler|head)/dense|conv/conv)/kernel", ((), (FSDP,))),
     Rule(r"(.*/)?(embeddings_project|embed_proj)/kernel", ((), (FSDP,))),
+    Rule(r"(.*/)?per_layer_(model_projection|input_gate|projection)/kernel", ((), (FSDP,))),
     Rule(r"(.*/)?(mlp|block_sparse_moe)/gate/kernel"),
     Rule(r"(.*/)?rel_embeddings/embedding", ((), (FSDP,))),
     Rule(r"(.*/)?(position|token_type)_embeddings/embedding"),
     Rule(r"(classifier|score|pre_classifier)/.*"),
-    Rule(r"(.*/)?(scale|bias)"),
+    Rule(r"(.*/)?(scale|bias|layer_scalar)"),
 )
 """Rules for the leaves of all model families; a strategy keeps only the axes that it uses."""
 

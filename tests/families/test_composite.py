@@ -53,18 +53,50 @@ QWEN_VISION: dict[str, Any] = {
     "num_heads": 2,
     "patch_size": 14,
 }
+GEMMA4_AUDIO: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "subsampling_conv_channels": [4, 4],
+    "output_proj_dims": 16,
+}
+AUDIO = {
+    "gemma4": {"model_type": "gemma4_audio", **GEMMA4_AUDIO},
+    "gemma4_unified": {"model_type": "gemma4_unified_audio", "audio_embed_dim": 16},
+}
 VISION |= {
+    "gemma4": {
+        "model_type": "gemma4_vision",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "position_embedding_size": 16,
+    },
+    "gemma4_unified": {
+        "model_type": "gemma4_unified_vision",
+        "patch_size": 4,
+        "mm_embed_dim": 16,
+        "mm_posemb_size": 16,
+        "output_proj_dims": 32,
+    },
     "qwen2_vl": {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 1},
     "qwen2_5_vl": {**QWEN_VISION, "fullatt_block_indexes": [0]},
     "qwen3_vl": {**QWEN_VISION, "deepstack_visual_indexes": [0]},
 }
 TEXT = {
     "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "gemma4_unified": "gemma4_unified_text",
     "mistral3": "ministral3",
     "qwen2_vl": "qwen2",
     "qwen2_5_vl": "qwen2",
     "qwen3_vl": "qwen3",
 }
+SWITCHES: dict[str, dict[str, Any]] = {"gemma4_unified": {"num_global_key_value_heads": 2}}
+"""Heads that a prefix fits."""
 Make = Callable[[str], tuple[Path, Any]]
 
 
@@ -75,7 +107,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     def made(kind: str) -> tuple[Path, Any]:
-        text = tiny_config(TEXT[kind])
+        text = tiny_config(TEXT[kind], **SWITCHES.get(kind, {}))
         if "vl" in kind:
             text["model_type"] = f"{kind}_text"
             text["rope_parameters"] = {
@@ -87,9 +119,12 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
             kind,
             text_config=text,
             vision_config=VISION[kind],
-            tie_word_embeddings=kind == "gemma3",
+            tie_word_embeddings=kind.startswith("gemma"),
             image_token_index=4,
-            image_token_id=4,
+            # Gemma 4 takes other tokens for those of an image, a video and a sound
+            image_token_id=2 if kind in AUDIO else 4,
+            **({"video_token_id": 3, "audio_token_id": 0} if kind in AUDIO else {}),
+            **({"audio_config": AUDIO[kind]} if kind in AUDIO else {}),
         )
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config).eval()
@@ -129,7 +164,7 @@ def test_both_names_of_tensors_are_read(make: Make, tmp_path: Path, kind: str) -
     for rename in (lambda name: f"language_model.{name}", composite_name):
         renamed = {
             name
-            if re.search("visi?on|visual|projector", name)
+            if re.search("visi?on|visual|projector|audio", name)
             else rename(plain_names(name)): tensor
             for name, tensor in tensors.items()
         }

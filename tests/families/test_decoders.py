@@ -28,11 +28,14 @@ CAUSAL = "causal_lm"
 NEW = tuple(kind for kind in DECODER_FAMILIES if kind not in ("llama", "mistral", "qwen2", "qwen3"))
 EXPERTS = ("mixtral", "qwen3_moe")
 FUSED = ("qkv_proj", "gate_up_proj", "o_proj", "down_proj")
+GEMMA4 = ("gemma4_text", "gemma4_unified_text")
 LACKING = {
-    "sequence_classification": ("granite",),
-    "token_classification": ("gemma3_text", "granite", "olmo2", "olmo3"),
+    "sequence_classification": ("granite", *GEMMA4),
+    "token_classification": ("gemma3_text", "granite", "olmo2", "olmo3", *GEMMA4),
 }
 """Families without a class of a task in transformers."""
+NO_PREFIX = ("gemma4_unified_text",)
+"""Families whose layers have heads that no prefix fits, see test_gemma4."""
 
 
 def lora_or_dora(test: Any) -> Any:
@@ -124,10 +127,13 @@ def test_gradients_of_lora_are_those_of_peft(reference: Make, tmp_path: Path, ki
         wanted = leaf.grad.numpy().T
         assert_close(np.asarray(own), wanted)
         compared += 1
-    assert compared == 2 * len(targets(kind)) * made.model.config.num_hidden_layers
+    assert compared == sum("lora_" in name for name, _ in torch_model.named_parameters())
+    assert compared >= len(targets(kind)) * made.model.config.num_hidden_layers
 
 
-@every_family
+# PEFT warns of layers that attend to the keys of others, and have no prefix of their own
+@pytest.mark.filterwarnings("ignore:Prefix tuning injected into layers:UserWarning")
+@pytest.mark.parametrize("kind", [kind for kind in NEW if kind not in NO_PREFIX])
 @both_stacks
 @pytest.mark.representatives("scanned-gemma3_text")
 def test_prefixes_of_peft_give_its_logits(
@@ -208,7 +214,7 @@ def test_documents_in_one_row_do_not_see_each_other(reference: Make, kind: str, 
 
 
 @every_family
-@pytest.mark.representatives("gemma3_text", "glm4")
+@pytest.mark.representatives("gemma3_text", "gemma4_text", "glm4")
 def test_greedy_tokens_are_those_of_transformers(reference: Make, kind: str) -> None:
     made = reference(kind, CAUSAL)
     wanted = generated(made.model, PROMPTS)

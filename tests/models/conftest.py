@@ -41,6 +41,17 @@ _GEMMA: Mapping[str, Any] = {
     "query_pre_attn_scalar": 24,
     "sliding_window": 4,
 }
+_GEMMA4: Mapping[str, Any] = {
+    **_DECODER,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_hidden_layers": 5,
+    "layer_types": [*["sliding_attention", "full_attention"] * 2, "full_attention"],
+    "num_kv_shared_layers": 2,
+    "use_double_wide_mlp": True,
+    "sliding_window": 4,
+    "final_logit_softcapping": 5.0,
+}
 _YARN: Mapping[str, Any] = {
     "rope_type": "yarn",
     "rope_theta": 10000.0,
@@ -92,6 +103,8 @@ _TINY: Mapping[str, Mapping[str, Any]] = {
     "gemma": {**_DECODER, "head_dim": 16},
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
+    "gemma4_text": {**_GEMMA4, "vocab_size_per_layer_input": 110, "hidden_size_per_layer_input": 8},
+    "gemma4_unified_text": {**_GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
     "phi3": _DECODER,
     "mixtral": {**_DECODER, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
@@ -236,10 +249,13 @@ def _make(
                 1.0
                 if leaf.ndim == 1
                 and (name.endswith("norm.weight") or "LayerNorm.weight" in name)
-                and not model_type.startswith("gemma")  # which stores the difference to one
+                and model_type not in ("gemma", "gemma2", "gemma3_text")  # difference to one
                 else 0.0
             )
             leaf.copy_(middle + (0.2 if leaf.ndim > 1 else 0.1) * torch.randn_like(leaf))
+        for name, leaf in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                leaf.copy_(1.0 + 0.2 * torch.randn_like(leaf))
     model.save_pretrained(folder, safe_serialization=True)
     if rewrite is not None:
         path = folder / "config.json"

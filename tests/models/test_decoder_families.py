@@ -19,6 +19,12 @@ LONGROPE = {
     "long_factor": [1.5, 4.0, 8.0, 16.0],
 }
 ALTERNATING = ["full_attention", "sliding_attention", "full_attention"]
+SLIDING_LAST = ["full_attention", *["sliding_attention"] * 3]
+FOUR: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 0,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 LOCAL_AND_GLOBAL = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
@@ -45,6 +51,41 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gemma3_text", "layer-types", {"layer_types": ALTERNATING}),
     ("gemma3_text", "two-bases", {"rope_parameters": LOCAL_AND_GLOBAL, "layer_types": ALTERNATING}),
     ("gemma3_text", "logits-cap", {"final_logit_softcapping": 1.5}),
+    ("gemma4_text", "plain", {}),
+    ("gemma4_text", "layer-types", {"layer_types": SLIDING_LAST, "num_hidden_layers": 4}),
+    ("gemma4_text", "no-shared-keys", FOUR),
+    ("gemma4_text", "equal-layers", {"num_kv_shared_layers": 0, "global_head_dim": 8}),
+    ("gemma4_text", "narrow", {"use_double_wide_mlp": False, "final_logit_softcapping": None}),
+    # with shared keys as well, transformers 5.24 fails
+    (
+        "gemma4_text",
+        "no-layer-embeddings",
+        {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0},
+    ),
+    ("gemma4_text", "biases", {"attention_bias": True, "tie_word_embeddings": False}),
+    ("gemma4_text", "for-images", {"use_bidirectional_attention": "vision"}),
+    (
+        "gemma4_text",
+        "keys-as-values",
+        {"attention_k_eq_v": True, "num_kv_shared_layers": 0, "num_global_key_value_heads": 4},
+    ),
+    (
+        "gemma4_text",
+        "rotations",
+        {
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0},
+                "full_attention": {
+                    "rope_type": "proportional",
+                    "rope_theta": 50.0,
+                    "partial_rotary_factor": 0.6,
+                    "factor": 1.5,
+                },
+            }
+        },
+    ),
+    ("gemma4_unified_text", "plain", {}),
+    ("gemma4_unified_text", "separate-values", {"attention_k_eq_v": False}),
     ("phi3", "plain", {}),
     ("phi3", "window", {"sliding_window": 4}),
     (
@@ -123,6 +164,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 @pytest.mark.representatives(
     "gemma2-small-caps",
     "gemma3_text-two-bases",
+    "gemma4_text-plain",
     "phi3-longrope-long",
     "glm4-plain",
     "qwen3_moe-normalized",
@@ -132,3 +174,15 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 )
 def test_a_causal_language_model_with_a_switch(parity, kind, switches):
     parity(kind, "causal_lm", **switches)
+
+
+def hub_sizes(config):
+    """Spells the sizes of layers as the configs on the hub do."""
+    del config["per_layer_config"]
+    config |= {"global_head_dim": 16, "num_global_key_value_heads": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gemma4_text", "gemma4_unified_text"])
+def test_sizes_of_layers_as_configs_on_the_hub_spell_them(parity, kind):
+    parity(kind, "causal_lm", rewrite=hub_sizes)

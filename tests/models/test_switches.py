@@ -31,7 +31,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"rope_scaling": {"type": "su", "factor": 4.0}},
         (
             "rope_scaling: rope_type 'su' is not supported (supported: default, linear, dynamic,"
-            " llama3, yarn, longrope)"
+            " llama3, yarn, longrope, proportional)"
         ),
     ),
     (
@@ -125,6 +125,63 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
             "rope_parameters: separate settings for chunked_attention are not supported (supported:"
             " full_attention or sliding_attention)"
         ),
+    ),
+    (
+        "gemma4_text",
+        {"use_bidirectional_attention": "all"},
+        "use_bidirectional_attention: 'all' is not supported: decoders attend to earlier positions",
+    ),
+    (
+        "gemma4_text",
+        {"enable_moe_block": True},
+        "enable_moe_block: True is not supported: layers have no experts beside their feed-forward",
+    ),
+    (
+        "gemma4_text",
+        {"num_kv_shared_layers": 4},
+        "num_kv_shared_layers: 4 is not supported: no full_attention layer before them has keys",
+    ),
+    (
+        "gemma4_text",
+        {"num_kv_shared_layers": 5},
+        "num_kv_shared_layers: must be an integer of at most 4, is 5",
+    ),
+    (
+        "gemma4_text",
+        {"vocab_size_per_layer_input": 98},
+        "vocab_size_per_layer_input: 98 is less than vocab_size 99, so that tokens have no",
+    ),
+    (
+        "gemma4_text",
+        {"per_layer_config": {"1": {"head_dim": 16}}},
+        (
+            "per_layer_config: {'1': {'head_dim': 16}} is not supported (supported: integers"
+            " head_dim and num_key_value_heads, the same for every full_attention layer)"
+        ),
+    ),
+    (
+        "gemma4_text",
+        {"global_head_dim": 15},
+        "head_dim of full_attention layers: must be even for rotary embeddings, is 15",
+    ),
+    (
+        "gemma4_unified_text",
+        {"num_global_key_value_heads": 3},
+        "num_key_value_heads of full_attention layers: 3 does not divide num_attention_heads 4",
+    ),
+    (
+        "gemma4_text",
+        {"rope_parameters": {"full_attention": {"rope_type": "proportional", "factor": 0}}},
+        "rope_parameters: full_attention: factor: must be a positive number, is 0",
+    ),
+    (
+        "gemma4_text",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 2}
+            }
+        },
+        "rope_parameters: full_attention: partial_rotary_factor: must be from 0 to 1, is 2",
     ),
     (
         "phi3",

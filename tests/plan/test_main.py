@@ -304,11 +304,27 @@ EXPERTS = {
 }
 
 
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "num_kv_shared_layers": 1,
+    "global_head_dim": 128,
+    "vocab_size_per_layer_input": 512,
+    "hidden_size_per_layer_input": 32,
+}
+
+
 @needs_libtpu
 @pytest.mark.slow
-def test_experts_compile_for_tpus(tmp_path):
-    words = "--topology", "v5e:2x4", "--strategies", "fsdp_tensor,sequence", "--tries", "0"
-    found, _ = planned(tmp_path, *words, "--config.data.max_length=128", **NARROW, **EXPERTS)
+@pytest.mark.parametrize(
+    ("family", "strategies"),
+    [(EXPERTS, "fsdp_tensor,sequence"), (GEMMA4, "fsdp_tensor")],  # unrolled layers are slower
+    ids=["experts", "unequal-layers"],
+)
+def test_other_families_compile_for_tpus(tmp_path, family, strategies):
+    words = "--topology", "v5e:2x4", "--strategies", strategies, "--tries", "0"
+    found, _ = planned(tmp_path, *words, "--config.data.max_length=128", **{**NARROW, **family})
     for row in found["rows"]:
         assert row["fits"] is True, row["verdict"]
         assert row["model_flops"] > 0

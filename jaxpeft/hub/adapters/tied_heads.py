@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.errors import AdapterError
+from jaxpeft.methods.virtual_tokens import word_embedding
 from jaxpeft.models.base import Pretrained
 
 _FIX = "use a base with an untied head (tie_word_embeddings false), or merge the adapter in PEFT"
@@ -94,5 +95,6 @@ def tie_of(prefix: str, model: Pretrained, params: Mapping[str, Any]) -> tuple[T
     """
     if model.options.task != "causal_lm" or "lm_head" in params:
         return None, None
-    ((path, leaf),) = ((path, leaf) for path, leaf in paths.walk(params) if path[-1] == "embedding")
-    return Tie(f"{prefix}{paths.hf_names(path[:-1])[0]}.", f"{prefix}lm_head."), leaf
+    words = word_embedding(params)
+    leaf = paths.get(params, words.path)["embedding"]
+    return Tie(f"{prefix}{words.name}.", f"{prefix}lm_head."), leaf

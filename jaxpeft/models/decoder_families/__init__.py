@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from jaxpeft.models.decoder_config import DecoderFamily
 from jaxpeft.models.decoder_families.gemma import GEMMA, GEMMA2, GEMMA3
+from jaxpeft.models.decoder_families.gemma4 import GEMMA4, GEMMA4_UNIFIED
 from jaxpeft.models.decoder_families.glm import GLM4
 from jaxpeft.models.decoder_families.granite import GRANITE
 from jaxpeft.models.decoder_families.llama import LLAMA
@@ -28,6 +29,8 @@ DECODER_FAMILIES: Mapping[str, DecoderFamily] = {
         GEMMA,
         GEMMA2,
         GEMMA3,
+        GEMMA4,
+        GEMMA4_UNIFIED,
         PHI3,
         GLM4,
         GRANITE,
