@@ -17,7 +17,7 @@ from jaxpeft.core.expert_sites import adapts_experts
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import Site
-from jaxpeft.core.tree import stack_leaves
+from jaxpeft.core.tree import FIXED, stack_leaves
 from jaxpeft.errors import ConfigError, TargetError, show
 
 
@@ -280,6 +280,8 @@ def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
 
 
 def _trains(method: Method, path: Path, params: Mapping[str, Any], leaf: Any) -> bool:
+    if path[-1] in FIXED:
+        return False
     for part in method.parts():
         if path[-1] in (*part.leaves.names, *part.leaves.root):
             return jnp.issubdtype(leaf.dtype, jnp.floating) and part.trains(path, params)

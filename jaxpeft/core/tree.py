@@ -12,6 +12,11 @@ from jaxpeft import kernels
 from jaxpeft.core import paths
 from jaxpeft.core.paths import Path, Tree
 
+CORRECTION = "e_score_correction_bias"
+"""The leaf of a router that is added to the scores of experts for their choice, and not trained."""
+FIXED = frozenset({CORRECTION})
+"""Leaves of a base that no method trains and that keep their dtype, as buffers of torch do."""
+
 
 def partition(params: Mapping[str, Any], mask: Mapping[str, Any]) -> tuple[Tree, Tree]:
     """Split a tree into the leaves whose mask is True, and the rest.

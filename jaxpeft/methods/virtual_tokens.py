@@ -34,6 +34,8 @@ _KEYS, _WORDS = (
 )
 _JOINT = {"qkv_proj": "o_proj"}
 """Projections to queries, keys and values together, with the projection after attention."""
+_EXPANSION = "kv_b_proj"
+"""The projection of a latent to the keys and values of all heads."""
 
 
 M = TypeVar("M", bound="VirtualTokens")
@@ -168,6 +170,12 @@ def layers_and_width(params: Leaves) -> tuple[int, int]:
         ConfigError: There are no key projections, or they differ in width.
     """
     sites = {site.path: site for site in find_sites(params)}
+    if any(path[-1] == _EXPANSION for path in sites):
+        raise ConfigError(
+            "virtual tokens with keys and values: the keys of latent attention, of which a part is"
+            f" shared by all heads ({_EXPANSION}), have another size than its values, which PEFT's"
+            " files cannot store; use prompt or ptuning"
+        )
     keys = [(site, site.shape[1]) for path, site in sites.items() if path[-1] in _KEYS]
     for path, site in sites.items():
         output = sites.get((*path[:-1], _JOINT.get(path[-1], "")))

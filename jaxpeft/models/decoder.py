@@ -111,7 +111,7 @@ class DecoderBackbone(Pretrained):
 
 def _rotation(c: DecoderConfig, of: rope.Rope, where: Array) -> Rotation:
     """Return the rotation of tokens at positions `[batch, length]`."""
-    cos, sin = rope.tables(of, c.head_dim, c.max_position_embeddings, where)
+    cos, sin = rope.tables(of, c.rotary_dim, c.max_position_embeddings, where)
     growth = None
     if c.query_growth is not None:
         beta, start = c.query_growth

@@ -12,6 +12,7 @@ from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.attention_scores import Scoring
 from jaxpeft.models.base import MOST_HEADS, MOST_LAYERS, ConfigReader
 from jaxpeft.models.experts import Mixture
+from jaxpeft.models.latent_attention import Latent
 from jaxpeft.models.rope import Rope, RopeSwitches
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -81,6 +82,8 @@ class DecoderConfig:
         other_ropes: rotations of further layers.
         layer_ropes: index of each layer's rotation in `ropes`; None if all are 0.
         mixture: the experts of each layer; None if its feed-forward is dense.
+        latent: the sizes of latent attention; None without it. `head_dim` is then that of a key.
+        ignored: regular expressions of tensor names, without the prefix, that no task reads.
         per_layer: the architecture of each layer, if their leaves differ; empty if all have these
             fields.
     """
@@ -123,6 +126,8 @@ class DecoderConfig:
     other_ropes: tuple[Rope, ...] = ()
     layer_ropes: tuple[int, ...] | None = None
     mixture: Mixture | None = None
+    latent: Latent | None = None
+    ignored: tuple[str, ...] = ()
     per_layer: tuple[DecoderConfig, ...] = ()
 
     def of_layer(self, index: int) -> DecoderConfig:
@@ -142,7 +147,20 @@ class DecoderConfig:
     @property
     def scoring(self) -> Scoring:
         """How attention scores become logits."""
-        return Scoring(self.attention_scale, self.attention_cap)
+        scale, sharpness = self.attention_scale, self.rope.sharpness
+        if sharpness != 1:
+            scale = sharpness * Scoring(scale).scale_of(self.head_dim)
+        return Scoring(scale, self.attention_cap)
+
+    @property
+    def rotary_dim(self) -> int:
+        """The number of dimensions of a head to which the rotation belongs."""
+        return self.head_dim if self.latent is None else self.latent.rotated
+
+    @property
+    def value_dim(self) -> int:
+        """The size of a value head."""
+        return self.head_dim if self.latent is None else self.latent.value
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
@@ -236,6 +254,7 @@ class DecoderFamily:
         ropes: spelling of the rotation of each kind of layer; all layers have the first, unless
             there are several.
         parts: fields of `DecoderConfig`: constants, or functions of the reader.
+        latent: returns the sizes of latent attention; None without it.
         layer_parts: returns the fields in which each layer differs from `parts`; None if its leaves
             are those of every layer.
         refused: switches that must be off, with the reason.
@@ -246,6 +265,7 @@ class DecoderFamily:
     layer_types: LayerTypes = no_windows
     ropes: tuple[RopeSwitches, ...] = (RopeSwitches(),)
     parts: Mapping[str, Part] = field(default_factory=dict[str, Part])
+    latent: Callable[[ConfigReader], Latent] | None = None
     layer_parts: Callable[[ConfigReader, int], Sequence[Mapping[str, Any]]] | None = None
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
 
@@ -306,7 +326,8 @@ def read_config(
     reader = ConfigReader(config, {**_DEFAULTS, **family.defaults}, problems, where)
     reader.check_quantization()
     layers = reader.integer("num_hidden_layers", most=MOST_LAYERS)
-    heads, kv_heads, head_dim = _heads(reader)
+    latent = family.latent(reader) if family.latent else None
+    heads, kv_heads, head_dim = _latent_heads(reader, latent) if latent else _heads(reader)
     fields: dict[str, Any] = {
         "vocab_size": reader.integer("vocab_size"),
         "hidden_size": reader.integer("hidden_size"),
@@ -324,7 +345,8 @@ def read_config(
         "pad_token_id": (
             None if reader.get("pad_token_id") is None else reader.integer("pad_token_id", least=0)
         ),
-        **_layers(family, reader, layers, head_dim),
+        "latent": latent,
+        **_layers(family, reader, layers, latent.rotated if latent else head_dim),
     }
     parts = {**_LLAMA_PARTS, **family.parts}
     fields |= {name: part(reader) if callable(part) else part for name, part in parts.items()}
@@ -333,7 +355,8 @@ def read_config(
         reader.refuse(name, why)
     reader.finish()
     found = DecoderConfig(**fields)
-    return replace(found, per_layer=tuple(replace(found, **own) for own in differing))
+    per_layer = tuple(replace(found, **own) for own in differing)
+    return per_layer[0] if len({*per_layer}) == 1 else replace(found, per_layer=per_layer)
 
 
 _LLAMA_PARTS: Mapping[str, Part] = {
@@ -366,6 +389,22 @@ def _heads(reader: ConfigReader) -> tuple[int, int, int]:
     if size % 2:
         reader.problems.append(f"head_dim: must be even for rotary embeddings, is {size}")
     return heads, kv_heads, size
+
+
+def _latent_heads(reader: ConfigReader, latent: Latent) -> tuple[int, int, int]:
+    """Return the numbers of query and key heads, and the size of both."""
+    name = "num_key_value_heads"
+    given = reader.get(name)
+    if given is not None and given != latent.heads:
+        reader.problems.append(
+            f"{name}: is {show(given)}, but each of the {latent.heads} num_attention_heads has its"
+            " own keys in latent attention"
+        )
+    if latent.rotated % 2:
+        reader.problems.append(
+            f"qk_rope_head_dim: must be even for rotary embeddings, is {latent.rotated}"
+        )
+    return latent.heads, latent.heads, latent.size
 
 
 def _layers(

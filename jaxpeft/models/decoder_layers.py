@@ -17,6 +17,7 @@ from jaxpeft.models.attention import attend, by_heads
 from jaxpeft.models.base import ModelOptions
 from jaxpeft.models.decoder_config import DecoderConfig
 from jaxpeft.models.experts import SparseFeedForward
+from jaxpeft.models.latent_attention import latent_heads
 from jaxpeft.models.layers import (
     RMSNorm,
     dense,
@@ -113,10 +114,10 @@ class Attention(nn.Module):
             mask: the attention mask.
         """
         c = self.config
-        q, k, v = by_heads(self._heads(x))
-        if c.qk_norm and not c.wide_qk_norm:
-            q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
-        q, k = rotation.rotate(q, k)
+        if c.latent is not None:
+            q, k, v = by_heads(latent_heads(c.latent, self.options, x, rotation.rotate))
+        else:
+            q, k, v = self._rotated(x, rotation)
         k, v = prepend_virtual(self, own.past, mark_product(k), mark_product(v))
         out = attend(
             self,
@@ -132,6 +133,14 @@ class Attention(nn.Module):
         o_proj = residual_dense(c.hidden_size, "o_proj", self.options, bias=c.output_bias)
         out = o_proj.join(finish(o_proj(out)), residual)
         return mark_product(constrain(out, BATCH, LENGTH, HIDDEN))
+
+    def _rotated(self, x: Array, rotation: Rotation) -> tuple[Array, Array, Array]:
+        """Return queries, keys and values, `[batch, length, heads, d]`, the first two rotated."""
+        c = self.config
+        q, k, v = by_heads(self._heads(x))
+        if c.qk_norm and not c.wide_qk_norm:
+            q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
+        return (*rotation.rotate(q, k), v)
 
     def _heads(self, x: Array) -> tuple[Array, Array, Array]:
         """Return queries, keys and values, `[batch, length, heads, d]`."""

@@ -48,6 +48,7 @@ class Rope:
         short: factor of each frequency of longrope, up to `original` positions.
         long: the same for longer rows.
         truncate: whether yarn rounds the range of its blend to integers.
+        sharpness: multiplies the scores of queries and keys.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Rope:
     short: tuple[float, ...] = ()
     long: tuple[float, ...] = ()
     truncate: bool = True
+    sharpness: float = 1.0
 
 
 NO_ROPE = Rope("none", 1.0)
@@ -85,7 +87,8 @@ class RopeSwitches:
         theta: field of the base of the wavelengths, outside of the settings.
         scaled: whether `rope_scaling` applies to these layers.
         partial: whether only a part of a head may be rotated.
-        interleaved: see `Rope`.
+        interleaved: see `Rope`; or the name of the switch that says it.
+        sharpened: whether `mscale_all_dim` multiplies the scores, too (DeepSeek-AI's code).
         renamed: pairs of another name of a type and its name here.
         all_layers: the `layer_types` values that may have separate settings.
     """
@@ -94,7 +97,8 @@ class RopeSwitches:
     theta: str = "rope_theta"
     scaled: bool = True
     partial: bool = False
-    interleaved: bool = False
+    interleaved: bool | str = False
+    sharpened: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
     all_layers: tuple[str, ...] = ()
 
@@ -129,11 +133,19 @@ def read(reader: ConfigReader, head_dim: int, switches: RopeSwitches = RopeSwitc
         high=numbers.get("high_freq_factor", 4.0),
         original=_original(reader, settings) if kind in _SCALED_FROM else 0,
         dims=_dims(reader, field, settings, head_dim, switches),
-        interleaved=switches.interleaved,
+        interleaved=(
+            reader.flag(switches.interleaved)
+            if isinstance(switches.interleaved, str)
+            else switches.interleaved
+        ),
     )
     if kind in ("yarn", "longrope"):
         found = _read_extension(reader, field, settings, found, head_dim)
-    return found
+    name = "mscale_all_dim"
+    if not switches.sharpened or kind == "default" or settings.get(name) is None:
+        return found
+    scale = reader.positive(f"{field}: {name}", settings[name])
+    return replace(found, sharpness=_yarn_amplitude(found.factor, scale) ** 2)
 
 
 def _dims(

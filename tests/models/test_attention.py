@@ -149,7 +149,7 @@ def test_splash_attention_is_the_reference(kind: str, kv_heads: int) -> None:
     )
     mask, text = masks(kind, rng)
     assert KERNELS["splash"].takes(q, k, mask) and not KERNELS["splash"].lacks(
-        q.dtype, 64, 0.0, Scoring()
+        q.dtype, (64, 64), 0.0, Scoring()
     )
     found = with_gradient(partial(attention._splash, interpret=True), q, k, v, mask, text)  # pyright: ignore[reportPrivateUsage]
     right = with_gradient(KERNELS["xla"].compute, q, k, v, mask, text)
