@@ -190,3 +190,10 @@ def test_why_a_kernel_does_not_fit_a_model() -> None:
     }
     assert why(jnp.bfloat16, **capped) == "attention scores are bounded by 30"
     assert why(jnp.bfloat16, head_dim=12) == "the head size is 12, not a multiple of 8 up to 128"
+    latent = {"model_type": "deepseek_v3", "qk_nope_head_dim": 32, "v_head_dim": 32}
+    latent |= {"n_group": 1, "topk_group": 1}
+    assert why(jnp.bfloat16, **latent) == "keys have 96 dimensions, values 32"
+    splash = attention.KERNELS["splash"]
+    assert splash.lacks(jnp.bfloat16, (192, 128), 0.0, Scoring()) == (
+        "keys have 192 dimensions, values 128"
+    )
