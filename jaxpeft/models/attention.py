@@ -275,14 +275,16 @@ def _cudnn(
 
 
 def _cudnn_lacks(dtype: Any, sizes: Sizes, rate: float, scoring: Scoring) -> str:
-    size = sizes[0]
+    size, of_values = sizes
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"activations are {jnp.dtype(dtype)}, not bfloat16"
     if size > 128 or size % 8:
         return f"the head size is {size}, not a multiple of 8 up to 128"
     if scoring.cap is not None:
         return f"attention scores are bounded by {scoring.cap:g}"
-    return _one_size(sizes) or _no_dropout(dtype, sizes, rate, scoring)
+    if size != of_values:
+        return f"keys have {size} dimensions, values {of_values}"
+    return _no_dropout(dtype, sizes, rate, scoring)
 
 
 _SPLASH_BLOCK = 512
@@ -337,17 +339,14 @@ def _splash(
 
 
 def _splash_lacks(dtype: Any, sizes: Sizes, rate: float, scoring: Scoring) -> str:
-    if sizes[0] % 64:
-        return f"the head size is {sizes[0]}, not a multiple of 64"
-    return _one_size(sizes) or _no_dropout(dtype, sizes, rate, scoring)
+    odd = next((size for size in sizes if size % 64), None)
+    if odd is not None:
+        return f"the head size is {odd}, not a multiple of 64"
+    return _no_dropout(dtype, sizes, rate, scoring)
 
 
 def _splash_takes(q: Array, k: Array, mask: Mask) -> bool:
     return mask.dense is None and q.shape[1] == k.shape[1] and q.shape[1] % 128 == 0
-
-
-def _one_size(sizes: Sizes) -> str:
-    return "" if sizes[0] == sizes[1] else f"keys have {sizes[0]} dimensions, values {sizes[1]}"
 
 
 def _no_dropout(dtype: Any, sizes: Sizes, rate: float, scoring: Scoring) -> str:

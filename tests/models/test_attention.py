@@ -156,6 +156,16 @@ def test_splash_attention_is_the_reference(kind: str, kv_heads: int) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), found, right)
 
 
+@pytest.mark.slow
+def test_splash_attention_takes_values_of_another_size_than_keys() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 256, 2, n)), jnp.float32) for n in (192, 192, 128))
+    mask, text = masks("padded", rng)
+    found = with_gradient(partial(attention._splash, interpret=True), q, k, v, mask, text)  # pyright: ignore[reportPrivateUsage]
+    right = with_gradient(KERNELS["xla"].compute, q, k, v, mask, text)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), found, right)
+
+
 def test_the_fastest_kernel_of_a_platform() -> None:
     assert [fastest(name) for name in ("cuda", "tpu", "cpu", "rocm")] == [
         "cudnn",
@@ -194,6 +204,7 @@ def test_why_a_kernel_does_not_fit_a_model() -> None:
     latent |= {"n_group": 1, "topk_group": 1}
     assert why(jnp.bfloat16, **latent) == "keys have 96 dimensions, values 32"
     splash = attention.KERNELS["splash"]
-    assert splash.lacks(jnp.bfloat16, (192, 128), 0.0, Scoring()) == (
-        "keys have 192 dimensions, values 128"
+    assert splash.lacks(jnp.bfloat16, (192, 128), 0.0, Scoring()) == ""
+    assert splash.lacks(jnp.bfloat16, (192, 96), 0.0, Scoring()) == (
+        "the head size is 96, not a multiple of 64"
     )

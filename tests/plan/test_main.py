@@ -302,16 +302,33 @@ EXPERTS = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 128,
 }
+LATENT = {
+    "model_type": "deepseek_v3",
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+}
 
 
 @needs_libtpu
 @pytest.mark.slow
-def test_experts_compile_for_tpus(tmp_path):
-    words = "--topology", "v5e:2x4", "--strategies", "fsdp_tensor,sequence", "--tries", "0"
-    found, _ = planned(tmp_path, *words, "--config.data.max_length=128", **NARROW, **EXPERTS)
+@pytest.mark.parametrize(
+    ("strategies", "family"),
+    [("fsdp_tensor,sequence", EXPERTS), ("fsdp_tensor", LATENT)],
+    ids=["qwen3_moe", "deepseek_v3"],
+)
+def test_experts_compile_for_tpus(tmp_path, strategies, family):
+    words = "--topology", "v5e:2x4", "--strategies", strategies, "--tries", "0"
+    found, _ = planned(tmp_path, *words, "--config.data.max_length=128", **{**NARROW, **family})
     for row in found["rows"]:
         assert row["fits"] is True, row["verdict"]
         assert row["model_flops"] > 0
+        assert row["attention"] == ("chunked" if row["strategy"] == "sequence" else "splash")
 
 
 @needs_libtpu
