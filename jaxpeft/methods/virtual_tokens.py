@@ -172,9 +172,9 @@ def layers_and_width(params: Leaves) -> tuple[int, int]:
     sites = {site.path: site for site in find_sites(params)}
     if any(path[-1] == _EXPANSION for path in sites):
         raise ConfigError(
-            "virtual tokens with keys and values: the keys of latent attention, of which a part is"
-            f" shared by all heads ({_EXPANSION}), have another size than its values, which PEFT's"
-            " files cannot store; use prompt or ptuning"
+            "virtual tokens with keys and values: latent attention computes keys and values, which"
+            f" may have different sizes, from one vector ({_EXPANSION}); PEFT's files have keys and"
+            " values of one size, and it cannot add them to such a model; use prompt or ptuning"
         )
     keys = [(site, site.shape[1]) for path, site in sites.items() if path[-1] in _KEYS]
     for path, site in sites.items():

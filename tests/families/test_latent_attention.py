@@ -20,10 +20,10 @@ import jaxpeft
 from jaxpeft.core import paths
 from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.core.tree import CORRECTION
-from jaxpeft.errors import ConfigError, WeightsError
+from jaxpeft.errors import ConfigError, TargetError, WeightsError
 from jaxpeft.export.export import ExportRequest, export
 from tests.export.making import assert_close, ours, theirs
-from tests.hub.helpers import peft_load, torch_base, trained
+from tests.hub.helpers import peft_load, peft_save, torch_base, trained
 from tests.models.conftest import Reference, forward, make_batch
 
 CAUSAL, KIND = "causal_lm", "deepseek_v3"
@@ -106,7 +106,7 @@ def test_blocks_of_keys_give_the_logits_of_the_whole(reference: Make, kind: str)
 def test_a_prefix_is_refused(reference: Make) -> None:
     _, base = reference(KIND, CAUSAL).load()
     with pytest.raises(
-        ConfigError, match=r"a part is shared by all heads \(kv_b_proj\), have another size than"
+        ConfigError, match=r"which may have different sizes, from one vector \(kv_b_proj\); PEFT's"
     ):
         jaxpeft.rewrite(jaxpeft.PrefixTuning(num_virtual_tokens=3), base, jax.random.key(0))
 
@@ -150,3 +150,25 @@ def test_other_methods_of_peft_adapt_shared_experts(reference: Make, tmp_path: P
     loaded = theirs(CAUSAL, peft_load(made.folder, CAUSAL, tmp_path / "a"))
     assert_close(ours(model, params), loaded)
     assert np.abs(loaded - theirs(CAUSAL, torch_base(made.folder, CAUSAL))).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_a_router_trained_in_full_fits_peft_both_ways(reference: Make, tmp_path: Path) -> None:
+    made, saved = reference(KIND, CAUSAL), ("mlp.gate",)
+    model, base = made.load()
+    torch_model = peft_save(
+        made.folder, CAUSAL, tmp_path / "a", r=4, target_modules=["o_proj"], modules_to_save=saved
+    )
+    method, params = jaxpeft.load_adapter(tmp_path / "a", model, base)
+    assert_close(ours(model, params), theirs(CAUSAL, torch_model))
+    params = trained(method, params)
+    jaxpeft.save_adapter(tmp_path / "b", method, params, model)
+    assert_close(
+        theirs(CAUSAL, peft_load(made.folder, CAUSAL, tmp_path / "b")), ours(model, params)
+    )
+
+
+def test_bottlenecks_are_not_only_in_the_layers_without_experts(reference: Make) -> None:
+    _, base = reference(KIND, CAUSAL).load()
+    with pytest.raises(TargetError, match=r"sublayers: 'feed_forward' adapts feed-forwards, but"):
+        jaxpeft.rewrite(jaxpeft.Adapter(), base, jax.random.key(0))
