@@ -31,6 +31,7 @@ Make = Callable[..., Reference]
 BIAS = ("model", "layers", "1", "mlp", "gate", CORRECTION)
 
 
+@pytest.mark.slow
 def test_the_bias_of_the_choice_changes_which_experts_compute(reference: Make) -> None:
     model, params = reference(KIND, CAUSAL).load()
     flat = paths.map_with_path(
@@ -53,6 +54,7 @@ def test_no_method_trains_the_bias_of_the_choice(reference: Make, method: Any) -
     assert len(on) == 2 and not any(on.values())
 
 
+@pytest.mark.slow
 def test_the_bias_of_the_choice_keeps_its_dtype(reference: Make, tmp_path: Path) -> None:
     made = reference(KIND, CAUSAL)
     _, exact = made.load()
@@ -70,6 +72,7 @@ def test_the_bias_of_the_choice_keeps_its_dtype(reference: Make, tmp_path: Path)
     )
 
 
+@pytest.mark.slow
 def test_layers_that_predict_further_tokens_are_left_out(reference: Make, tmp_path: Path) -> None:
     made = reference(KIND, CAUSAL)
     folder = tmp_path / "published"
@@ -168,7 +171,28 @@ def test_a_router_trained_in_full_fits_peft_both_ways(reference: Make, tmp_path:
     )
 
 
+@pytest.mark.slow
 def test_bottlenecks_are_not_only_in_the_layers_without_experts(reference: Make) -> None:
     _, base = reference(KIND, CAUSAL).load()
     with pytest.raises(TargetError, match=r"sublayers: 'feed_forward' adapts feed-forwards, but"):
         jaxpeft.rewrite(jaxpeft.Adapter(), base, jax.random.key(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exclude", [None, ["lm_head"], ".*lm_head"], ids=["none", "list", "text"])
+def test_parameters_of_experts_are_not_those_of_modules_beside_them(
+    reference: Make, tmp_path: Path, exclude: Any
+) -> None:
+    made, names = reference(KIND, CAUSAL), ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    peft_save(
+        made.folder, CAUSAL, tmp_path, r=4, target_modules=["o_proj"], target_parameters=names
+    )
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "exclude_modules": exclude}))
+    model, base = made.load()
+    _, params = jaxpeft.load_adapter(tmp_path, model, base)
+    adapted = {path[-2:-1] + path[3:5] for path, _ in paths.walk(params) if path[-1] == "lora_a"}
+    assert adapted == {
+        ("o_proj", "self_attn", "o_proj"),
+        *((name, "mlp", "experts") for name in ("gate_proj", "up_proj", "down_proj")),
+    }
