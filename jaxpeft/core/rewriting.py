@@ -17,7 +17,7 @@ from jaxpeft.core.expert_sites import adapts_experts
 from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import Site
-from jaxpeft.core.tree import stack_leaves
+from jaxpeft.core.tree import FIXED, stack_leaves
 from jaxpeft.errors import ConfigError, TargetError, show
 
 
@@ -77,9 +77,7 @@ def require_numbers(params: Mapping[str, Any]) -> None:
             )
 
 
-BUFFERS = frozenset({"layer_scalar"})
-"""Leaves of the base that torch stores as buffers, which are never trained."""
-_FLOATING = frozenset({"kernel", "bias", "scale", "embedding"}) | BUFFERS
+_FLOATING = frozenset({"kernel", "bias", "scale", "embedding"}) | FIXED
 """Leaves of the base that are not quantized."""
 
 
@@ -283,7 +281,7 @@ def trainable_mask(method: Method, params: Mapping[str, Any]) -> Tree:
 
 
 def _trains(method: Method, path: Path, params: Mapping[str, Any], leaf: Any) -> bool:
-    if path[-1] in BUFFERS:
+    if path[-1] in FIXED:
         return False
     for part in method.parts():
         if path[-1] in (*part.leaves.names, *part.leaves.root):

@@ -12,6 +12,13 @@ from jaxpeft import kernels
 from jaxpeft.core import paths
 from jaxpeft.core.paths import Path, Tree
 
+CORRECTION = "e_score_correction_bias"
+"""The leaf of a router that is added to the scores of experts for their choice, and not trained."""
+LAYER_SCALAR = "layer_scalar"
+"""The leaf by which the output of a layer is multiplied."""
+FIXED = frozenset({CORRECTION, LAYER_SCALAR})
+"""Leaves of a base that no method trains and that keep their dtype, as buffers of torch do."""
+
 
 def partition(params: Mapping[str, Any], mask: Mapping[str, Any]) -> tuple[Tree, Tree]:
     """Split a tree into the leaves whose mask is True, and the rest.

@@ -24,7 +24,7 @@ from jaxpeft.core.method import Leaves, Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.rewriting import adapter_names, trainable_mask
 from jaxpeft.core.targets import Site
-from jaxpeft.core.tree import stack_leaves
+from jaxpeft.core.tree import FIXED, stack_leaves
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub.adapters.settings import Settings
 from jaxpeft.hub.loading import Outline
@@ -119,7 +119,8 @@ def fold(method: Method, params: Tree, outline: Outline, dtype: Any) -> float:
 
     def round_leaf(path: Path, exact: Any, before: Any) -> Any:
         source = outline.plan.sources.get(path)
-        leaf = exact.astype(own if dtype is not None or source is None else source.dtype)
+        asked = dtype is not None and path[-1] not in FIXED
+        leaf = exact.astype(own if asked or source is None else source.dtype)
         if leaf.dtype != exact.dtype and not bool(jnp.isfinite(leaf).all()):
             most = float(jnp.abs(exact).max())
             raise ConfigError(

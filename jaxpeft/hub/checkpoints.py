@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +84,8 @@ class SafetensorsCheckpoint:
             WeightsError: Tensors do not fit; it lists all of them.
         """
         tensors, folder = self.tensors, self.source.folder
+        ignored = (*family.ignored, *getattr(model.config, "ignored", ()))
+        family = dataclasses.replace(family, ignored=ignored)
         if request.task == "causal_lm" and model.config.tie_word_embeddings:
             tensors = leaf_tensors.untie(tensors, folder)
         return leaf_tensors.plan(

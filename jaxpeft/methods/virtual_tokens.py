@@ -36,6 +36,8 @@ _KEYS, _WORDS = (
 _QUERIES = ("q_proj", "query", "q_lin")
 _JOINT = {"qkv_proj": "o_proj"}
 """Projections to queries, keys and values together, with the projection after attention."""
+_EXPANSION = "kv_b_proj"
+"""The projection of a latent to the keys and values of all heads."""
 
 
 _LAYER_WORDS = "embed_tokens_per_layer"
@@ -178,6 +180,12 @@ def layers_and_width(params: Leaves) -> tuple[int, int]:
         ConfigError: There are no key projections, or no width fits all.
     """
     sites = {site.path: site for site in find_sites(params, ("linear", "norm"))}
+    if any(path[-1] == _EXPANSION for path in sites):
+        raise ConfigError(
+            "virtual tokens with keys and values: latent attention computes keys and values, which"
+            f" may have different sizes, from one vector ({_EXPANSION}); PEFT's files have keys and"
+            " values of one size, and it cannot add them to such a model; use prompt or ptuning"
+        )
     keys = [site for path, site in sites.items() if path[-1] in _KEYS]
     queries = [site for path, site in sites.items() if path[-1] in _QUERIES]
     widths = {site.shape[1] for site in keys}

@@ -42,6 +42,8 @@ from jaxpeft.sharding.logical_axes import (
 from jaxpeft.sharding.sizes import SEQUENCE, TENSOR
 
 Array = jax.Array
+Sizes = tuple[int, int]
+"""The sizes of a key head, which is that of a query head, and of a value head."""
 
 
 def by_heads(qkv: Iterable[Array]) -> tuple[Array, ...]:
@@ -74,17 +76,17 @@ def attend(
         kernel: a key of `KERNELS`; `xla` is used if it does not support the call.
         q: `[batch, query, heads, d]`.
         k: `[batch, key, kv_heads, d]`, kv_heads divides heads.
-        v: `[batch, key, kv_heads, d]`.
+        v: `[batch, key, kv_heads, e]`.
         mask: the mask; a query with no visible key yields an average, not NaN.
         dropout_rate: dropout rate of the attention weights.
-        cached: keys and values `[batch, kv_heads, slots, d]` of a KV cache, before `k` and `v` in
-            the mask's order; or None.
+        cached: keys `[batch, kv_heads, slots, d]` and values `[batch, kv_heads, slots, e]` of a KV
+            cache, before `k` and `v` in the mask's order; or None.
         scoring: how scores become logits.
         bias: float32 `[batch, heads, query, key]`, added to the logits by the kernel `xla`, which
             is then used; or None.
 
     Returns:
-        `[batch, query, heads * d]`.
+        `[batch, query, heads * e]`.
     """
     if cached is not None:
         own = KERNELS[kernel].platform == "cuda" and mesh_of() is None
@@ -97,7 +99,7 @@ def attend(
         kernel = "chunked"
     chosen = KERNELS[kernel]
     fits = bias is None and chosen.takes(q, k, mask)
-    if not fits or chosen.lacks(q.dtype, q.shape[-1], rate, scoring):
+    if not fits or chosen.lacks(q.dtype, (q.shape[-1], v.shape[-1]), rate, scoring):
         kernel = "xla"
     drop = partial(dropout, module, dropout_rate)
     if kernel == "xla" and spread:
@@ -116,16 +118,16 @@ class AttentionKernel:
     """An implementation of attention.
 
     Attributes:
-        compute: `(q, k, v, mask, dropout of the weights, scoring) -> [batch, query, heads, d]`.
+        compute: `(q, k, v, mask, dropout of the weights, scoring) -> [batch, query, heads, e]`.
         platform: its platform; empty for all.
-        lacks: `(dtype of activations, head size, dropout rate, scoring) -> ` the reason why it does
-            not support a model; empty if it does.
+        lacks: `(dtype of activations, sizes, dropout rate, scoring) -> ` the reason why it does not
+            support a model; empty if it does.
         takes: `(q, k, mask) -> ` whether it supports a call.
     """
 
     compute: Callable[[Array, Array, Array, Mask, Callable[[Array], Array], Scoring], Array]
     platform: str = ""
-    lacks: Callable[[Any, int, float, Scoring], str] = lambda dtype, size, rate, scoring: ""
+    lacks: Callable[[Any, Sizes, float, Scoring], str] = lambda dtype, sizes, rate, scoring: ""
     takes: Callable[[Array, Array, Mask], bool] = lambda q, k, mask: True
 
 
@@ -152,7 +154,7 @@ def _xla(
         scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     weights = drop(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
     out = jnp.einsum("bhts,bhsd->bhtd", weights.reshape(batch, kv_heads, -1, keys), v)
-    return jnp.swapaxes(out.reshape(batch, heads, length, d), 1, 2)
+    return jnp.swapaxes(out.reshape(batch, heads, length, -1), 1, 2)
 
 
 def _with_cache(
@@ -184,7 +186,7 @@ def _with_cache(
     weights = weights.reshape(batch, kv_heads, -1, weights.shape[-1])
     out = jnp.einsum("bhts,bhsd->bhtd", weights[..., :slots], old_values)
     out += jnp.einsum("bhts,bhsd->bhtd", weights[..., slots:], v)
-    return jnp.swapaxes(out.reshape(batch, heads, length, d), 1, 2)
+    return jnp.swapaxes(out.reshape(batch, heads, length, -1), 1, 2)
 
 
 def _xla_by_positions(
@@ -212,7 +214,7 @@ def _xla_by_positions(
     scores = constrain(scores, BATCH, HEADS, LENGTH, None)
     weights = drop(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
     weights = weights.reshape(batch, k.shape[2], -1, length, k.shape[1])
-    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, heads, d)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, heads, -1)
 
 
 def _on_each(
@@ -279,14 +281,17 @@ def _cudnn(
     )
 
 
-def _cudnn_lacks(dtype: Any, size: int, rate: float, scoring: Scoring) -> str:
+def _cudnn_lacks(dtype: Any, sizes: Sizes, rate: float, scoring: Scoring) -> str:
+    size, of_values = sizes
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"activations are {jnp.dtype(dtype)}, not bfloat16"
     if size > 128 or size % 8:
         return f"the head size is {size}, not a multiple of 8 up to 128"
     if scoring.cap is not None:
         return f"attention scores are bounded by {scoring.cap:g}"
-    return _no_dropout(dtype, size, rate, scoring)
+    if size != of_values:
+        return f"keys have {size} dimensions, values {of_values}"
+    return _no_dropout(dtype, sizes, rate, scoring)
 
 
 _SPLASH_BLOCK = 512
@@ -340,17 +345,18 @@ def _splash(
     return jnp.swapaxes(out, 1, 2).astype(v.dtype)
 
 
-def _splash_lacks(dtype: Any, size: int, rate: float, scoring: Scoring) -> str:
-    if size % 64:
-        return f"the head size is {size}, not a multiple of 64"
-    return _no_dropout(dtype, size, rate, scoring)
+def _splash_lacks(dtype: Any, sizes: Sizes, rate: float, scoring: Scoring) -> str:
+    odd = next((size for size in sizes if size % 64), None)
+    if odd is not None:
+        return f"the head size is {odd}, not a multiple of 64"
+    return _no_dropout(dtype, sizes, rate, scoring)
 
 
 def _splash_takes(q: Array, k: Array, mask: Mask) -> bool:
     return mask.dense is None and q.shape[1] == k.shape[1] and q.shape[1] % 128 == 0
 
 
-def _no_dropout(dtype: Any, size: int, rate: float, scoring: Scoring) -> str:
+def _no_dropout(dtype: Any, sizes: Sizes, rate: float, scoring: Scoring) -> str:
     return f"attention dropout is {rate}" if rate else ""
 
 
@@ -420,7 +426,7 @@ def lacks(options: ModelOptions, config: Any) -> str:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return KERNELS[options.attention].lacks(
         options.dtype,
-        size,
+        (size, getattr(config, "value_dim", size)),
         getattr(config, "attention_dropout", 0.0),
         getattr(config, "scoring", Scoring()),
     )

@@ -199,7 +199,16 @@ class ConfigReader:
             settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else None)
             != "bitsandbytes"
         ):
-            self.refuse("quantization_config", "load the unquantized model")
+            blocks = settings.get("weight_block_size")
+            fix = "load the unquantized model"
+            if settings.get("quant_method") == "fp8" and blocks:
+                fix = (
+                    f"each block of {show(blocks)} weights has a scale of its own"
+                    " (weight_scale_inv), but the format fp8 has one scale for each output, which"
+                    " cannot hold them exactly; load the weights converted to bfloat16, with"
+                    " quant='fp8' or 'nf4' if they are too large"
+                )
+            self.refuse("quantization_config", fix)
             return
         kind, instead = (
             settings.get("bnb_4bit_quant_type", "fp4"),

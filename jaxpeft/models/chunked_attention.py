@@ -60,7 +60,7 @@ def compute(
     Args:
         q: `[batch, query, heads, d]`.
         k: `[batch, key, kv_heads, d]`, kv_heads divides heads.
-        v: `[batch, key, kv_heads, d]`.
+        v: `[batch, key, kv_heads, e]`.
         mask: a mask without a dense part.
         drop: unused, since dropout is not supported.
         scoring: how scores become logits.
@@ -68,7 +68,7 @@ def compute(
         block: keys per block; None for `block_of`.
 
     Returns:
-        `[batch, query, heads, d]`, of the dtype of `v`.
+        `[batch, query, heads, e]`, of the dtype of `v`.
     """
     del drop
     batch, length, heads, d = q.shape
@@ -78,7 +78,7 @@ def compute(
     q, k, v = (jnp.swapaxes(array, 1, 2) for array in (q, k, v))
     q = q.reshape(batch, kv_heads, heads // kv_heads * length, d)
     out: Any = _attend(size, length, scoring, q, k, v, mask, jnp.asarray(first, jnp.int32))
-    return jnp.swapaxes(out.reshape(batch, heads, length, d), 1, 2)
+    return jnp.swapaxes(out.reshape(batch, heads, length, -1), 1, 2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -126,7 +126,7 @@ def _forward(
         return blocks.when_visible(start, add, lambda carry: carry, carry), None
 
     shape = q.shape[:-1]
-    begin = jnp.full(shape, _LOWEST), jnp.zeros(shape), jnp.zeros(q.shape)
+    begin = jnp.full(shape, _LOWEST), jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1]))
     (m, total, out), _ = jax.lax.scan(step, begin, blocks.starts)
     out = (out / total[..., None]).astype(v.dtype)
     # the name by which remat saves attention's output instead of recomputing it
@@ -141,7 +141,6 @@ def _backward(
     blocks = _Blocks(size, length, scoring, q, k, v, mask, first)
     scale = scoring.scale_of(q.shape[-1])
     own = jnp.einsum("bhtd,bhtd->bht", dy, out, preferred_element_type=jnp.float32)
-    part = *k.shape[:2], size, k.shape[-1]
 
     def step(dq: Array, start: Array) -> tuple[Array, tuple[Array, Array]]:
         def add(dq: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -159,14 +158,15 @@ def _backward(
             return dq, (jnp.einsum("bhts,bhtd->bhsd", change, q), dv)
 
         def skip(dq: Array) -> tuple[Array, tuple[Array, Array]]:
-            return dq, (jnp.zeros(part, k.dtype), jnp.zeros(part, v.dtype))
+            return dq, (jnp.zeros_like(blocks.keys(start)), jnp.zeros_like(blocks.values(start)))
 
         return blocks.when_visible(start, add, skip, dq)
 
     dq, (dk, dv) = jax.lax.scan(step, jnp.zeros(q.shape), blocks.starts)
 
     def join(parts: Array) -> Array:
-        return jnp.moveaxis(parts, 0, 2).reshape(*k.shape[:2], -1, k.shape[-1])[:, :, : k.shape[2]]
+        whole = jnp.moveaxis(parts, 0, 2).reshape(*k.shape[:2], -1, parts.shape[-1])
+        return whole[:, :, : k.shape[2]]
 
     return dq.astype(q.dtype), join(dk), join(dv), None, None
 
@@ -175,7 +175,7 @@ _attend.defvjp(_forward, _backward)
 
 
 class _Blocks:
-    """The blocks of keys `[batch, kv_heads, key, d]` for queries
+    """The blocks of keys `[batch, kv_heads, key, d]` and their values, for queries
     `[batch, kv_heads, heads / kv_heads * query, d]`.
     """
 

@@ -12,6 +12,7 @@ from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.attention_scores import Scoring
 from jaxpeft.models.base import MOST_HEADS, MOST_LAYERS, ConfigReader
 from jaxpeft.models.experts import Mixture
+from jaxpeft.models.latent_attention import Latent
 from jaxpeft.models.layer_embeddings import LayerEmbedding
 from jaxpeft.models.rope import Rope, RopeSwitches
 
@@ -89,6 +90,8 @@ class DecoderConfig:
             own; None if it has keys.
         layer_scalar: whether the output of a layer is multiplied by a number of its own.
         layer_embedding: the embeddings of tokens for each layer; None if there are none.
+        latent: the sizes of latent attention; None without it. `head_dim` is then that of a key.
+        ignored: regular expressions of tensor names, without the prefix, that no task reads.
         per_layer: the architecture of each layer, if their leaves differ; empty if all have these
             fields.
     """
@@ -137,6 +140,8 @@ class DecoderConfig:
     keys_of: int | None = None
     layer_scalar: bool = False
     layer_embedding: LayerEmbedding | None = None
+    latent: Latent | None = None
+    ignored: tuple[str, ...] = ()
     per_layer: tuple[DecoderConfig, ...] = ()
 
     def of_layer(self, index: int) -> DecoderConfig:
@@ -156,7 +161,20 @@ class DecoderConfig:
     @property
     def scoring(self) -> Scoring:
         """How attention scores become logits."""
-        return Scoring(self.attention_scale, self.attention_cap)
+        scale, sharpness = self.attention_scale, self.rope.sharpness
+        if sharpness != 1:
+            scale = sharpness * Scoring(scale).scale_of(self.head_dim)
+        return Scoring(scale, self.attention_cap)
+
+    @property
+    def rotary_dim(self) -> int:
+        """The number of dimensions of a head to which the rotation belongs."""
+        return self.head_dim if self.latent is None else self.latent.rotated
+
+    @property
+    def value_dim(self) -> int:
+        """The size of a value head."""
+        return self.head_dim if self.latent is None else self.latent.value
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
@@ -165,10 +183,10 @@ class DecoderConfig:
 
     @property
     def rope_sizes(self) -> tuple[int, ...]:
-        """The head size of the layers with each of the rotations."""
+        """The rotated size of the heads of the layers with each of the rotations."""
         kinds, count = self.layer_kinds, len(self.ropes)
-        sizes = {kind.rope: self.of_layer(i).head_dim for i, kind in enumerate(kinds)}
-        return tuple(sizes.get(i, self.head_dim) for i in range(count))
+        sizes = {kind.rope: self.of_layer(i).rotary_dim for i, kind in enumerate(kinds)}
+        return tuple(sizes.get(i, self.rotary_dim) for i in range(count))
 
     @property
     def widest_head(self) -> int:
@@ -276,6 +294,7 @@ class DecoderFamily:
         ropes: spelling of the rotation of each kind of layer; all layers have the first, unless
             there are several.
         parts: fields of `DecoderConfig`: constants, or functions of the reader.
+        latent: returns the sizes of latent attention; None without it.
         layer_parts: returns the fields in which each layer differs from `parts`; None if its leaves
             are those of every layer.
         refused: switches that must be off, with the reason.
@@ -287,6 +306,7 @@ class DecoderFamily:
     layer_types: LayerTypes = no_windows
     ropes: tuple[RopeSwitches, ...] = (RopeSwitches(),)
     parts: Mapping[str, Part] = field(default_factory=dict[str, Part])
+    latent: Callable[[ConfigReader], Latent] | None = None
     layer_parts: Callable[[ConfigReader, int], Sequence[Mapping[str, Any]]] | None = None
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
     ignored: tuple[str, ...] = ()
@@ -348,7 +368,8 @@ def read_config(
     reader = ConfigReader(config, {**_DEFAULTS, **family.defaults}, problems, where)
     reader.check_quantization()
     layers = reader.integer("num_hidden_layers", most=MOST_LAYERS)
-    heads, kv_heads, head_dim = _heads(reader)
+    latent = family.latent(reader) if family.latent else None
+    heads, kv_heads, head_dim = _latent_heads(reader, latent) if latent else _heads(reader)
     fields: dict[str, Any] = {
         "vocab_size": reader.integer("vocab_size"),
         "hidden_size": reader.integer("hidden_size"),
@@ -366,7 +387,8 @@ def read_config(
         "pad_token_id": (
             None if reader.get("pad_token_id") is None else reader.integer("pad_token_id", least=0)
         ),
-        **_layers(family, reader, layers, head_dim),
+        "latent": latent,
+        **_layers(family, reader, layers, latent.rotated if latent else head_dim),
     }
     parts = {**_LLAMA_PARTS, **family.parts}
     fields |= {name: part(reader) if callable(part) else part for name, part in parts.items()}
@@ -376,8 +398,9 @@ def read_config(
     reader.finish()
     found = DecoderConfig(**fields)
     layers_own = tuple(replace(found, **own) for own in differing)
-    unequal = any(own != found for own in layers_own)
-    return replace(found, per_layer=layers_own if unequal else ())
+    if len({*layers_own}) == 1:
+        return layers_own[0]
+    return replace(found, per_layer=layers_own)
 
 
 _LLAMA_PARTS: Mapping[str, Part] = {
@@ -410,6 +433,22 @@ def _heads(reader: ConfigReader) -> tuple[int, int, int]:
     if size % 2:
         reader.problems.append(f"head_dim: must be even for rotary embeddings, is {size}")
     return heads, kv_heads, size
+
+
+def _latent_heads(reader: ConfigReader, latent: Latent) -> tuple[int, int, int]:
+    """Return the numbers of query and key heads, and the size of both."""
+    name = "num_key_value_heads"
+    given = reader.get(name)
+    if given is not None and given != latent.heads:
+        reader.problems.append(
+            f"{name}: is {show(given)}, but each of the {latent.heads} num_attention_heads has its"
+            " own keys in latent attention"
+        )
+    if latent.rotated % 2:
+        reader.problems.append(
+            f"qk_rope_head_dim: must be even for rotary embeddings, is {latent.rotated}"
+        )
+    return latent.heads, latent.heads, latent.size
 
 
 def _layers(

@@ -17,6 +17,7 @@ from jaxpeft.models.attention import attend, by_heads
 from jaxpeft.models.base import ModelOptions
 from jaxpeft.models.decoder_config import DecoderConfig
 from jaxpeft.models.experts import SparseFeedForward
+from jaxpeft.models.latent_attention import latent_heads
 from jaxpeft.models.layer_embeddings import add_layer_input
 from jaxpeft.models.layers import (
     RMSNorm,
@@ -136,10 +137,8 @@ class Attention(nn.Module):
             mask: the attention mask.
         """
         c = self.config
-        q, *fresh = by_heads(self._heads(x))
-        q = rotation.queries(self._of_heads("q_norm", q))
         kept = stream.kept
-        k, v = self._keys(fresh, own.past, rotation) if c.keys_of is None else kept[c.keys_of]
+        q, k, v = self._attended(x, own.past, rotation, kept)
         if c.kept_as is not None:
             kept = {**kept, c.kept_as: (k, v)}
         out = attend(
@@ -156,6 +155,23 @@ class Attention(nn.Module):
         o_proj = residual_dense(c.hidden_size, "o_proj", self.options, bias=c.output_bias)
         out = o_proj.join(finish(o_proj(out)), stream.x)
         return Stream(mark_product(constrain(out, BATCH, LENGTH, HIDDEN)), kept)
+
+    def _attended(
+        self,
+        x: Array,
+        past: Any,
+        rotation: Rotation,
+        kept: Mapping[int, tuple[Array, Array]],
+    ) -> tuple[Array, Array, Array]:
+        """Return the queries, and the keys and values to which they attend."""
+        c = self.config
+        if c.latent is not None:
+            q, k, v = by_heads(latent_heads(c.latent, self.options, x, rotation))
+            return (q, *prepend_virtual(self, past, mark_product(k), mark_product(v)))
+        q, *fresh = by_heads(self._heads(x))
+        q = rotation.queries(self._of_heads("q_norm", q))
+        keys = self._keys(fresh, past, rotation) if c.keys_of is None else kept[c.keys_of]
+        return (q, *keys)
 
     def _keys(
         self, projected: Sequence[Array], past: Any, rotation: Rotation

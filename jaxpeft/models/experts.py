@@ -1,15 +1,17 @@
 r"""A mixture of experts in place of a layer's feed-forward.
 
-    y = sum over the k chosen experts e of w_e down_e(act(gate_e(x)) * up_e(x)),
-    p = softmax(x R),    w_e = p_e, or p_e / (sum over the chosen p)
+    y = f_shared(x) + sum over the k chosen experts e of w_e f_e(x)
+    f(x) = down(act(gate(x)) * up(x))
 
-Each token computes with its k experts of largest `p` (Shazeer et al. 2017, section 2.1,
-arXiv:1701.06538; Jiang et al. 2024, "Mixtral of Experts", section 2.1, arXiv:2401.04088). Copies of
-the tokens are sorted by expert, so that each expert computes consecutive rows
-(`jaxpeft.kernels.grouped`); no token is dropped. On a mesh, each shard of the rows is sorted alone.
+Each token computes with its k experts (Shazeer et al. 2017, section 2.1, arXiv:1701.06538; Jiang et
+al. 2024, "Mixtral of Experts", section 2.1, arXiv:2401.04088), which `jaxpeft.models.router`
+chooses with their weights `w_e`, and with those that all tokens share, if there are some (Dai et
+al. 2024, "DeepSeekMoE", section 3.2, arXiv:2401.06066). Copies of the tokens are sorted by expert,
+so that each expert computes consecutive rows (`jaxpeft.kernels.grouped`); no token is dropped. On a
+mesh, each shard of the rows is sorted alone.
 
 The load-balancing loss is `E sum over e of f_e P_e`, with the mean number of times `f_e` that a
-token chooses expert e, and the mean `P_e` of `p_e`, over the tokens of all layers (Fedus et al.
+token chooses expert e, and the mean `P_e` of its score, over the tokens of all layers (Fedus et al.
 2022, "Switch Transformers", section 2.2, arXiv:2101.03961).
 """
 
@@ -30,7 +32,8 @@ from jaxpeft.kernels import grouped
 from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.base import ROUTING, ModelOptions
 from jaxpeft.models.layers import dense, mark_product
-from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, constrain, size_of
+from jaxpeft.models.router import Routing, choose
+from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, MLP, constrain, size_of
 from jaxpeft.sharding.sizes import ROWS, SEQUENCE
 
 Array = jax.Array
@@ -47,8 +50,9 @@ class Mixture:
         experts: number of experts.
         chosen: number of experts of a token.
         width: width of an expert.
-        normalized: whether the weights of a token's experts sum to 1.
+        routing: how the experts of a token are chosen.
         balance: weight of the load-balancing loss; 0 for none.
+        shared: width of the experts that all tokens share, together; 0 for none.
     """
 
     module: str
@@ -56,8 +60,9 @@ class Mixture:
     experts: int
     chosen: int
     width: int
-    normalized: bool
+    routing: Routing
     balance: float
+    shared: int = 0
 
 
 class ExpertDense(nn.Module):
@@ -107,6 +112,24 @@ class _Experts(nn.Module):
         return down.grouped(ACTIVATIONS[self.activation](h) * gain, sizes, over)
 
 
+class _SharedExperts(nn.Module):
+    """The feed-forward of the experts that all tokens share."""
+
+    mixture: Mixture
+    activation: str
+    options: ModelOptions
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        m = self.mixture
+        gate, up, down = (
+            dense(width, name, self.options, bias=False)
+            for width, name in zip((m.shared, m.shared, x.shape[-1]), m.names, strict=True)
+        )
+        h, gain = (mark_product(constrain(y, BATCH, LENGTH, MLP)) for y in gate.together(x, up))
+        return down(ACTIVATIONS[self.activation](h) * gain)
+
+
 class SparseFeedForward(nn.Module):
     """The router and the experts of a layer."""
 
@@ -128,12 +151,8 @@ class SparseFeedForward(nn.Module):
                 if all do.
         """
         m = self.mixture
-        router = dense(m.experts, "gate", self.options, bias=False)
-        p = jax.nn.softmax(router(x).astype(jnp.float32), axis=-1)
-        weights, chosen = jax.lax.top_k(p, m.chosen)
-        if m.normalized:
-            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-        _sow_routing(self, p, chosen, real)
+        scores, weights, chosen = choose(m.routing, m.experts, m.chosen, x, self.options)
+        _sow_routing(self, scores, chosen, real)
         run = _Experts(m, self.activation, self.options, name="experts")
         shards = _shards(*x.shape[:2])
         rows = shards.split(x)
@@ -145,6 +164,8 @@ class SparseFeedForward(nn.Module):
         out = _permute(run(spread, sizes, shards.over), inverse, order)
         out = shards.join(out.reshape(*rows.shape[:2], m.chosen, -1)).astype(jnp.float32)
         out = jnp.sum(out * weights[..., None], axis=-2).astype(x.dtype)
+        if m.shared:
+            out += _SharedExperts(m, self.activation, self.options, name="shared_experts")(x)
         return constrain(residual + finish(out), BATCH, LENGTH, HIDDEN)
 
 
@@ -241,7 +262,7 @@ def _sow_routing(module: nn.Module, p: Array, chosen: Array, real: Array | None)
 
     Args:
         module: the module of the layer.
-        p: `[batch, length, experts]`, the probabilities.
+        p: `[batch, length, experts]`, the scores.
         chosen: `[batch, length, k]`, the chosen experts.
         real: see `SparseFeedForward`.
     """

@@ -42,7 +42,7 @@ class Cache:
     Attributes:
         keys: rotated keys, `[layers, batch, kv_heads, slots, d]` if the layers are scanned, else a
             list with the `[batch, kv_heads, slots, d]` of each layer.
-        values: values, of the same shape.
+        values: values, of the same shape, except that d may differ.
         positions: `[batch, slots]` int32, the position of each slot, counted from the first virtual
             token; negative for an empty slot.
     """

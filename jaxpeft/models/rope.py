@@ -51,6 +51,7 @@ class Rope:
         long: the same for longer rows.
         truncate: whether yarn rounds the range of its blend to integers.
         share: share of the pairs that proportional rotates.
+        sharpness: multiplies the scores of queries and keys.
     """
 
     kind: str
@@ -66,6 +67,7 @@ class Rope:
     long: tuple[float, ...] = ()
     truncate: bool = True
     share: float = 1.0
+    sharpness: float = 1.0
 
 
 NO_ROPE = Rope("none", 1.0)
@@ -90,7 +92,8 @@ class RopeSwitches:
         theta: field of the base of the wavelengths, outside of the settings.
         scaled: whether `rope_scaling` applies to these layers.
         partial: whether only a part of a head may be rotated.
-        interleaved: see `Rope`.
+        interleaved: see `Rope`; or the name of the switch that says it.
+        sharpened: whether `mscale_all_dim` multiplies the scores, too (DeepSeek-AI's code).
         renamed: pairs of another name of a type and its name here.
         all_layers: the `layer_types` values that may have separate settings.
     """
@@ -99,7 +102,8 @@ class RopeSwitches:
     theta: str = "rope_theta"
     scaled: bool = True
     partial: bool = False
-    interleaved: bool = False
+    interleaved: bool | str = False
+    sharpened: bool = False
     renamed: tuple[tuple[str, str], ...] = ()
     all_layers: tuple[str, ...] = ()
 
@@ -134,13 +138,21 @@ def read(reader: ConfigReader, head_dim: int, switches: RopeSwitches = RopeSwitc
         high=numbers.get("high_freq_factor", 4.0),
         original=_original(reader, settings) if kind in _SCALED_FROM else 0,
         dims=0 if kind == "proportional" else _dims(reader, field, settings, head_dim, switches),
-        interleaved=switches.interleaved,
+        interleaved=(
+            reader.flag(switches.interleaved)
+            if isinstance(switches.interleaved, str)
+            else switches.interleaved
+        ),
     )
     if kind == "proportional":
         return _read_proportional(reader, field, settings, found)
     if kind in ("yarn", "longrope"):
         found = _read_extension(reader, field, settings, found, head_dim)
-    return found
+    name = "mscale_all_dim"
+    if not switches.sharpened or kind == "default" or settings.get(name) is None:
+        return found
+    scale = reader.positive(f"{field}: {name}", settings[name])
+    return replace(found, sharpness=_yarn_amplitude(found.factor, scale) ** 2)
 
 
 def _read_proportional(

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from jaxpeft.core.expressions import full_match, require_fast
+from jaxpeft.core.tree import CORRECTION, LAYER_SCALAR
 from jaxpeft.errors import ConfigError, TargetError
 from jaxpeft.sharding.mesh_config import MeshConfig
 from jaxpeft.sharding.sizes import FSDP, STRATEGIES, TENSOR
@@ -91,6 +92,7 @@ _BOTH = (TENSOR, FSDP)
 _COLUMNS = (
     # decoders, DistilBERT, ModernBERT
     r"(.*/)?(q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|q_lin|k_lin|v_lin|lin1)",
+    r"(.*/)?(q_b_proj|kv_b_proj)",  # of latents, which are not sharded along tensor
     r"(.*/)?(Wqkv|Wi)",
     r"(.*/)?experts/(w1|w3)",  # Mixtral
     r"(.*/)?(attention/self/(query|key|value)|intermediate/dense)",  # BERT and its kind
@@ -110,11 +112,12 @@ TABLE: tuple[Rule, ...] = (
     Rule(r"(.*/)?((pooler|head)/dense|conv/conv)/kernel", ((), (FSDP,))),
     Rule(r"(.*/)?(embeddings_project|embed_proj)/kernel", ((), (FSDP,))),
     Rule(r"(.*/)?per_layer_(model_projection|input_gate|projection)/kernel", ((), (FSDP,))),
+    Rule(r"(.*/)?(q_a_proj|kv_a_proj_with_mqa)/kernel", ((), (FSDP,))),
     Rule(r"(.*/)?(mlp|block_sparse_moe)/gate/kernel"),
     Rule(r"(.*/)?rel_embeddings/embedding", ((), (FSDP,))),
     Rule(r"(.*/)?(position|token_type)_embeddings/embedding"),
     Rule(r"(classifier|score|pre_classifier)/.*"),
-    Rule(r"(.*/)?(scale|bias|layer_scalar)"),
+    Rule(rf"(.*/)?(scale|bias|{LAYER_SCALAR}|{CORRECTION})"),
 )
 """Rules for the leaves of all model families; a strategy keeps only the axes that it uses."""
 

@@ -26,12 +26,14 @@ from tests.representatives import both_stacks
 
 CAUSAL = "causal_lm"
 NEW = tuple(kind for kind in DECODER_FAMILIES if kind not in ("llama", "mistral", "qwen2", "qwen3"))
-EXPERTS = ("mixtral", "qwen3_moe")
+EXPERTS = ("mixtral", "qwen3_moe", "glm4_moe")
+LATENT = ("glm4_moe_lite", "deepseek_v3")
 FUSED = ("qkv_proj", "gate_up_proj", "o_proj", "down_proj")
 GEMMA4 = ("gemma4_text", "gemma4_unified_text")
+GLM_EXPERTS = ("glm4_moe", "glm4_moe_lite")
 LACKING = {
-    "sequence_classification": ("granite", *GEMMA4),
-    "token_classification": ("gemma3_text", "granite", "olmo2", "olmo3", *GEMMA4),
+    "sequence_classification": ("granite", *GEMMA4, *GLM_EXPERTS),
+    "token_classification": ("gemma3_text", "granite", "olmo2", "olmo3", *GEMMA4, *GLM_EXPERTS),
 }
 """Families without a class of a task in transformers."""
 NO_PREFIX = ("gemma4_unified_text",)
@@ -58,6 +60,8 @@ def targets(kind: str) -> tuple[str, ...]:
     """Return modules of attention and feed-forward, the fused ones where there are some."""
     if kind == "phi3":
         return FUSED
+    if kind in LATENT:
+        return ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
     if kind in EXPERTS:  # which PEFT adapts as parameters, see test_experts
         return ("q_proj", "v_proj", "o_proj")
     gate = "gate_up_proj" if kind == "glm4" else "gate_proj"
@@ -133,7 +137,7 @@ def test_gradients_of_lora_are_those_of_peft(reference: Make, tmp_path: Path, ki
 
 # PEFT warns of layers that attend to the keys of others, and have no prefix of their own
 @pytest.mark.filterwarnings("ignore:Prefix tuning injected into layers:UserWarning")
-@pytest.mark.parametrize("kind", [kind for kind in NEW if kind not in NO_PREFIX])
+@pytest.mark.parametrize("kind", [kind for kind in NEW if kind not in (*NO_PREFIX, *LATENT)])
 @both_stacks
 @pytest.mark.representatives("scanned-gemma3_text")
 def test_prefixes_of_peft_give_its_logits(

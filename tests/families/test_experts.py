@@ -17,6 +17,7 @@ import pytest
 
 import jaxpeft
 from jaxpeft.core.expert_sites import adapts_experts
+from jaxpeft.core.tree import unstack_layers
 from jaxpeft.errors import ConfigError, TargetError
 from jaxpeft.methods import METHODS
 from jaxpeft.models.base import ROUTING
@@ -31,10 +32,15 @@ from tests.representatives import both_stacks
 from tests.train.runs import write_config, write_rows
 
 CAUSAL = "causal_lm"
+GATED = ("gate_proj", "up_proj", "down_proj")
 EXPERTS = {
     "mixtral": ("w1", "w2", "w3"),
-    "qwen3_moe": ("gate_proj", "up_proj", "down_proj"),
+    "qwen3_moe": GATED,
+    "glm4_moe": GATED,
+    "deepseek_v3": GATED,
 }
+OUTSIDE = dict.fromkeys(("glm4_moe", "deepseek_v3"), ("shared_experts", "mlp"))
+"""Modules that have parts with the names of those of an expert."""
 every_family = pytest.mark.parametrize("kind", EXPERTS)
 Make = Callable[..., Reference]
 
@@ -49,7 +55,8 @@ def test_peft_gives_the_logits_of_adapted_experts(
 ) -> None:
     made = reference(kind, CAUSAL)
     model, base = made.load(scan_layers=scan)
-    method = jaxpeft.LoRA(rank=4, targets=("q_proj", *EXPERTS[kind]))
+    others = tuple(f"{module}.{name}" for module in OUTSIDE.get(kind, ()) for name in GATED)
+    method = jaxpeft.LoRA(rank=4, targets=("o_proj", *EXPERTS[kind]), exclude=others)
     params = trained(method, jaxpeft.rewrite(method, base, jax.random.key(0)))
     jaxpeft.save_adapter(tmp_path / "a", method, params, model)
     assert_close(
@@ -77,7 +84,7 @@ def test_an_adapter_of_parameters_gives_the_logits_of_peft(
     made = reference(kind, CAUSAL)
     names = [f"mlp.{name}" if "gate." in name else f"mlp.experts.{name}" for name in parameters]
     torch_model = peft_save(
-        made.folder, CAUSAL, tmp_path / "a", r=4, target_modules=["q_proj"], target_parameters=names
+        made.folder, CAUSAL, tmp_path / "a", r=4, target_modules=["o_proj"], target_parameters=names
     )
     model, base = made.load(scan_layers=scan)
     method, params = jaxpeft.load_adapter(tmp_path / "a", model, base)
@@ -143,26 +150,36 @@ def test_gradients_of_kernels_are_those_of_torch(reference: Make, kind: str) -> 
     def loss(params: Any) -> Any:
         return jnp.mean(jnp.square(jaxpeft.apply(model, params, batch.ids)))
 
-    own = jax.jit(jax.grad(loss))(params)["model"]["layers"]
+    layers = unstack_layers(jax.jit(jax.grad(loss))(params))["model"]["layers"]
     for leaf in made.model.parameters():
         leaf.grad = None
     torch.mean(made.model(torch.tensor(batch.ids, dtype=torch.long)).logits ** 2).backward()
-    module = {"mixtral": "block_sparse_moe", "qwen3_moe": "mlp"}[kind]
-    gate, up, down = (EXPERTS[kind][i] for i in ((0, 2, 1) if kind == "mixtral" else (0, 1, 2)))
-    kernels = own[module]["experts"]
+    compared = 0
     for i, layer in enumerate(made.model.model.layers):
-        wanted = layer.mlp.experts.gate_up_proj.grad.mT.numpy()
-        both = [np.asarray(kernels[name]["kernel"][i]) for name in (gate, up)]
-        assert_close(np.concatenate(both, axis=-1), wanted)
-        assert_close(
-            np.asarray(kernels[down]["kernel"][i]), layer.mlp.experts.down_proj.grad.mT.numpy()
-        )
-        assert_close(
-            np.asarray(own[module]["gate"]["kernel"][i]), layer.mlp.gate.weight.grad.T.numpy()
-        )
+        own = {"mlp": layers[str(i)].get("block_sparse_moe"), **layers[str(i)]}
+        for name, leaf in layer.named_parameters():
+            if leaf.ndim > 1:
+                found = kernels_of(own, name.removesuffix(".weight").split("."), EXPERTS[kind])
+                assert_close(found, leaf.grad.mT.numpy())
+                compared += 1
+    assert compared >= 7 * len(layers)
 
 
-@every_family
+def kernels_of(layer: Any, steps: list[str], names: tuple[str, ...]) -> Any:
+    """Return a kernel by the steps of its name in transformers, which joins gate and up."""
+    gate, up, down = sorted(
+        names, key=["gate_proj", "w1", "up_proj", "w3", "down_proj", "w2"].index
+    )
+    module = layer
+    for step in steps[:-1]:
+        module = module[step]
+    if "experts" not in steps:
+        return np.asarray(module[steps[-1]]["kernel"])
+    parts = {"gate_up_proj": (gate, up), "down_proj": (down,)}[steps[-1]]
+    return np.concatenate([np.asarray(module[part]["kernel"]) for part in parts], axis=-1)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 @both_stacks
 @pytest.mark.representatives("scanned-qwen3_moe")
 def test_the_load_balancing_loss_is_that_of_transformers(

@@ -61,6 +61,26 @@ _YARN: Mapping[str, Any] = {
     "mscale_all_dim": 0.5,
     "llama_4_scaling_beta": 0.3,
 }
+_ROUTED: Mapping[str, Any] = {
+    **_DECODER,
+    "num_hidden_layers": 3,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_group": 1,
+    "topk_group": 1,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+}
+_LATENT: Mapping[str, Any] = {
+    **_ROUTED,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 20,
+    "qk_nope_head_dim": 12,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+}
 _BERT: Mapping[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
@@ -114,6 +134,9 @@ _TINY: Mapping[str, Mapping[str, Any]] = {
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 24,
     },
+    "glm4_moe": {**_ROUTED, "head_dim": 16},
+    "glm4_moe_lite": _LATENT,
+    "deepseek_v3": {**_LATENT, "n_group": 4, "topk_group": 2},
     "ministral3": {**_DECODER, "head_dim": 16, "rope_parameters": _YARN},
     "glm4": {**_DECODER, "head_dim": 16},
     "granite": _DECODER,
@@ -256,6 +279,8 @@ def _make(
         for name, leaf in model.named_buffers():
             if name.endswith("layer_scalar"):
                 leaf.copy_(1.0 + 0.2 * torch.randn_like(leaf))
+            if name.endswith("e_score_correction_bias"):  # of which transformers makes zeros
+                leaf.copy_(0.2 * torch.randn_like(leaf))
     model.save_pretrained(folder, safe_serialization=True)
     if rewrite is not None:
         path = folder / "config.json"

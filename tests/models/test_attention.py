@@ -149,8 +149,18 @@ def test_splash_attention_is_the_reference(kind: str, kv_heads: int) -> None:
     )
     mask, text = masks(kind, rng)
     assert KERNELS["splash"].takes(q, k, mask) and not KERNELS["splash"].lacks(
-        q.dtype, 64, 0.0, Scoring()
+        q.dtype, (64, 64), 0.0, Scoring()
     )
+    found = with_gradient(partial(attention._splash, interpret=True), q, k, v, mask, text)  # pyright: ignore[reportPrivateUsage]
+    right = with_gradient(KERNELS["xla"].compute, q, k, v, mask, text)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), found, right)
+
+
+@pytest.mark.slow
+def test_splash_attention_takes_values_of_another_size_than_keys() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 256, 2, n)), jnp.float32) for n in (192, 192, 128))
+    mask, text = masks("padded", rng)
     found = with_gradient(partial(attention._splash, interpret=True), q, k, v, mask, text)  # pyright: ignore[reportPrivateUsage]
     right = with_gradient(KERNELS["xla"].compute, q, k, v, mask, text)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), found, right)
@@ -190,3 +200,11 @@ def test_why_a_kernel_does_not_fit_a_model() -> None:
     }
     assert why(jnp.bfloat16, **capped) == "attention scores are bounded by 30"
     assert why(jnp.bfloat16, head_dim=12) == "the head size is 12, not a multiple of 8 up to 128"
+    latent = {"model_type": "deepseek_v3", "qk_nope_head_dim": 32, "v_head_dim": 32}
+    latent |= {"n_group": 1, "topk_group": 1}
+    assert why(jnp.bfloat16, **latent) == "keys have 96 dimensions, values 32"
+    splash = attention.KERNELS["splash"]
+    assert splash.lacks(jnp.bfloat16, (192, 128), 0.0, Scoring()) == ""
+    assert splash.lacks(jnp.bfloat16, (192, 96), 0.0, Scoring()) == (
+        "the head size is 96, not a multiple of 64"
+    )

@@ -54,6 +54,19 @@ def test_scaled_and_bounded_scores_are_those_of_the_reference(kind: str) -> None
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, right)
 
 
+@pytest.mark.parametrize("size", [4, 16])
+@pytest.mark.representatives("16")
+def test_values_may_have_another_size_than_keys(size: int) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = inputs(rng, 2)
+    v = jnp.asarray(rng.normal(size=(*v.shape[:3], size)), jnp.float32)
+    mask, text = masks("padded", rng, LENGTH)
+    found = with_gradient(partial(compute, block=40), q, k, v, mask, text)
+    right = with_gradient(KERNELS["xla"].compute, q, k, v, mask, text)
+    assert found[0].shape == (2, LENGTH, 4, size)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, right)
+
+
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.representatives("packed")
 def test_some_of_the_queries_are_those_of_the_row(kind: str) -> None:

@@ -65,6 +65,59 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         "quantization_config: {'bits': 4} is not supported: load the unquantized model",
     ),
     (
+        "deepseek_v3",
+        {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}},
+        (
+            "quantization_config: {'quant_method': 'fp8', 'weight_block_size': [128, 128]} is not"
+            " supported: each block of [128, 128] weights has a scale of its own"
+            " (weight_scale_inv), but the format fp8 has one scale for each output, which cannot"
+            " hold them exactly; load the weights converted to bfloat16, with quant='fp8' or 'nf4'"
+            " if they are too large"
+        ),
+    ),
+    (
+        "deepseek_v3",
+        {"num_key_value_heads": 2},
+        "num_key_value_heads: is 2, but each of the 4 num_attention_heads has its own keys in",
+    ),
+    (
+        "deepseek_v3",
+        {"qk_rope_head_dim": 7},
+        "qk_rope_head_dim: must be even for rotary embeddings, is 7",
+    ),
+    (
+        "deepseek_v3",
+        {"n_group": 3},
+        "n_group: is 3, but 8 experts cannot be divided into so many groups of at least 2",
+    ),
+    ("deepseek_v3", {"topk_group": 5}, "topk_group: is 5, but n_group is 4"),
+    (
+        "deepseek_v3",
+        {"num_experts_per_tok": 5},
+        "num_experts_per_tok: is 5, but 2 groups (topk_group) have only 4 experts",
+    ),
+    (
+        "deepseek_v3",
+        {"scoring_func": "softmax"},
+        "scoring_func: 'softmax' is not supported (supported: sigmoid)",
+    ),
+    (
+        "deepseek_v3",
+        {"topk_method": "greedy"},
+        "topk_method: 'greedy' is not supported (supported: noaux_tc)",
+    ),
+    ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq: 2 is not supported (supported: 1)"),
+    (
+        "glm4_moe_lite",
+        {"mlp_layer_types": ["dense", "sparse"]},
+        "mlp_layer_types: ['dense', 'sparse'] is not supported (supported: dense or sparse, 3",
+    ),
+    (
+        "glm4_moe_lite",
+        {"first_k_dense_replace": 2},
+        "first_k_dense_replace: has no effect; set mlp_layer_types instead",
+    ),
+    (
         "llama",
         {"hidden_act": "prelu"},
         "hidden_act: 'prelu' is not supported (supported: gelu, gelu_10,",

@@ -302,6 +302,17 @@ EXPERTS = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 128,
 }
+LATENT = {
+    "model_type": "deepseek_v3",
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 128,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 64,
+    "kv_lora_rank": 64,
+}
 
 
 GEMMA4 = {
@@ -319,8 +330,12 @@ GEMMA4 = {
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "strategies"),
-    [(EXPERTS, "fsdp_tensor,sequence"), (GEMMA4, "fsdp_tensor")],  # unrolled layers are slower
-    ids=["experts", "unequal-layers"],
+    [
+        (EXPERTS, "fsdp_tensor,sequence"),
+        (GEMMA4, "fsdp_tensor"),  # unrolled layers are slower
+        (LATENT, "fsdp_tensor"),
+    ],
+    ids=["experts", "unequal-layers", "latent"],
 )
 def test_other_families_compile_for_tpus(tmp_path, family, strategies):
     words = "--topology", "v5e:2x4", "--strategies", strategies, "--tries", "0"
@@ -328,6 +343,7 @@ def test_other_families_compile_for_tpus(tmp_path, family, strategies):
     for row in found["rows"]:
         assert row["fits"] is True, row["verdict"]
         assert row["model_flops"] > 0
+        assert row["attention"] == ("chunked" if row["strategy"] == "sequence" else "splash")
 
 
 @needs_libtpu

@@ -11,17 +11,22 @@ The other direction needs no conversion: PEFT stacks the tensors of the modules 
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from jaxpeft.core import paths
+from jaxpeft.core.targets import find_sites
 from jaxpeft.errors import AdapterError, show
 from jaxpeft.hub.weights.safetensors_files import Tensor
+from jaxpeft.models.base import abstract_params
 from jaxpeft.models.experts import Mixture
 
+_log = logging.getLogger(__name__)
 FIELD = "target_parameters"
 _NAME = re.compile(
     r"(?P<layer>.*\.)mlp\.(experts|gate)\.(base_layer\.)?(?P<leaf>lora_[AB])\.weight"
@@ -117,7 +122,62 @@ def split(
     targets = own if isinstance(own, list) else modules
     added = {name for each in names for name in known[each.rpartition(".")[2]]}
     rest = {key: value for key, value in config.items() if key != FIELD}
+    rest |= _without(config, outside(model, added))
     return {**rest, "target_modules": sorted({*map(str, targets), *added})}, parts
+
+
+def outside(model: Any, names: Set[str]) -> list[str]:
+    """List the modules outside of experts that have the name of one inside, such as
+    `shared_experts.up_proj`, by the last two components of their names.
+
+    Args:
+        model: the model.
+        names: names of modules of an expert.
+    """
+    sites = [site for site in find_sites(abstract_params(model)) if not site.experts]
+    ends = (name.split(".")[-2:] for site in sites for name in site.names)
+    return sorted({".".join(end) for end in ends if end[-1] in names - {"gate"}})
+
+
+def warn_of_misread(config: Mapping[str, Any], model: Any, sites: Sequence[str]) -> None:
+    """Log which adapted modules PEFT does not load: those outside of experts with their names.
+
+    PEFT 0.21 takes a target such as `up_proj`, also with other components in front, for the
+    parameters of the experts (`_convert_peft_config_moe`).
+
+    Args:
+        config: content of the `adapter_config.json`.
+        model: the adapted model.
+        sites: names of the adapted modules.
+    """
+    mixture: Mixture | None = getattr(model.config, "mixture", None)
+    if mixture is None or config.get("peft_type") != "LORA":
+        return
+    lost = [
+        name
+        for name in sites
+        if f".{paths.EXPERTS}." not in name and name.rpartition(".")[2] in mixture.names
+    ]
+    if lost:
+        _log.warning(
+            "peft takes %d adapted modules outside of the experts, such as %s, for those of the"
+            " experts, and would not load their adapters; to use this adapter in peft, exclude %s",
+            len(lost),
+            lost[-1],
+            ", ".join(sorted({".".join(name.split(".")[-2:]) for name in lost})),
+        )
+
+
+def _without(config: Mapping[str, Any], others: Sequence[str]) -> dict[str, Any]:
+    """Return the options of a config that exclude other modules, too."""
+    name = "exclude_modules"
+    own = config.get(name)
+    if not others:
+        return {}
+    if isinstance(own, str):
+        ends = "|".join(map(re.escape, others))
+        return {name: rf"{own}|(.*\.)?({ends})"}
+    return {name: sorted({*map(str, own or ()), *others})}
 
 
 def _parts(

@@ -19,7 +19,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.errors import AdapterError
 from jaxpeft.hub.adapters import card as adapter_card
-from jaxpeft.hub.adapters import checks, companions, peft_config
+from jaxpeft.hub.adapters import checks, companions, expert_parameters, peft_config
 from jaxpeft.hub.adapters import extra as adapter_extra
 from jaxpeft.hub.adapters import tensors as adapter_tensors
 from jaxpeft.hub.adapters.folder_layout import EXTRA, Content, FolderLayout
@@ -124,6 +124,7 @@ def _save_one(
     )
     if tied:
         config["ensure_weight_tying"] = True
+    expert_parameters.warn_of_misread(config, model, sites)
     layout = LAYOUTS[main.peft.layout]
     _require_alone(folder, layout)
     files = layout.files(Content(config, tensors, sites, model, settings.labels))

@@ -19,7 +19,8 @@ from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.rewriting import chosen_sites, modules_to_save, trainable_mask
-from jaxpeft.core.targets import Site
+from jaxpeft.core.targets import Site, is_under
+from jaxpeft.core.tree import FIXED
 from jaxpeft.hub.adapters import companions
 from jaxpeft.hub.weights.safetensors_files import Tensor
 from jaxpeft.methods.head import Head
@@ -121,7 +122,8 @@ class Adapted:
 
 
 def whole_tensors(method: Method, params: Mapping[str, Any]) -> list[WholeTensor]:
-    """List the fully trained leaves of the base: heads, `modules_to_save`, biases.
+    """List the fully trained leaves of the base: heads, `modules_to_save` with their fixed leaves,
+    biases.
 
     Args:
         method: the method that rewrote `params`.
@@ -129,9 +131,11 @@ def whole_tensors(method: Method, params: Mapping[str, Any]) -> list[WholeTensor
     """
     adding = [name for part in method.parts() for name in (*part.leaves.names, *part.leaves.root)]
     wrapped = {name: part for part in method.parts() for name in adapted_names(part, params)}
+    saved = modules_to_save(method)
     out: list[WholeTensor] = []
     for path, flag in paths.walk(trainable_mask(method, params)):
-        if not flag or path[-1] in adding:
+        fixed = path[-1] in FIXED and is_under(".".join(path[:-1]), saved)
+        if not (flag or fixed) or path[-1] in adding:
             continue
         for name, index in paths.named_items(path, paths.get(params, path)):
             module, _, leaf_name = name.rpartition(".")

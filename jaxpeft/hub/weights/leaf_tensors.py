@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxpeft.core import paths
 from jaxpeft.core.paths import Path, Tree
+from jaxpeft.core.tree import FIXED
 from jaxpeft.errors import WeightsError, nearest
 from jaxpeft.hub.weights.bitsandbytes import Packed
 from jaxpeft.hub.weights.leaf_sources import ExtendedTensor, LeafSource, join
@@ -79,7 +80,7 @@ def plan(
         tensors: the checkpoint's tensors by name.
         family: the architecture: its prefix, and the tensors that may be left over.
         dtype: dtype of the loaded leaves; None keeps each tensor's own, except that float64
-            becomes float32. Quantized kernels are not converted.
+            becomes float32. Quantized kernels and fixed leaves are not converted.
         folder: the checkpoint's folder, for messages.
         relabel: whether a head with a different number of labels may be newly initialized.
 
@@ -202,7 +203,8 @@ def _faults(one: _ExpectedLeaf, named: Tensors) -> list[str]:
 def _source(one: _ExpectedLeaf, dtype: Any | None) -> LeafSource:
     """Return the source of a leaf that is not quantized in the checkpoint."""
     plain = [tensor for tensor in one.present.values() if isinstance(tensor, Tensor)]
-    target = np.dtype(dtype) if dtype is not None else _common_dtype(plain)
+    converted = dtype is not None and one.path[-1] not in FIXED
+    target = np.dtype(dtype) if converted else _common_dtype(plain)
     return LeafSource(
         tuple(plain), one.leaf.shape, target, len(one.layers), one.path[-1] == "kernel"
     )
@@ -219,7 +221,11 @@ def plan_without_tensors(abstract: Tree, dtype: Any, *, new_head: bool) -> Weigh
     new = tuple(path for path, _ in paths.walk(abstract) if new_head and paths.is_head(path))
     sources = {
         path: LeafSource(
-            (), leaf.shape, np.dtype(dtype), len(paths.stacks(path)), path[-1] == "kernel"
+            (),
+            leaf.shape,
+            np.dtype(np.float32 if path[-1] in FIXED else dtype),
+            len(paths.stacks(path)),
+            path[-1] == "kernel",
         )
         for path, leaf in paths.walk(abstract)
         if path not in new

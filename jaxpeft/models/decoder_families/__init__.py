@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from jaxpeft.models.decoder_config import DecoderFamily
+from jaxpeft.models.decoder_families.deepseek import DEEPSEEK_V3
 from jaxpeft.models.decoder_families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxpeft.models.decoder_families.gemma4 import GEMMA4, GEMMA4_UNIFIED
-from jaxpeft.models.decoder_families.glm import GLM4
+from jaxpeft.models.decoder_families.glm import GLM4, GLM4_MOE, GLM4_MOE_LITE
 from jaxpeft.models.decoder_families.granite import GRANITE
 from jaxpeft.models.decoder_families.llama import LLAMA
 from jaxpeft.models.decoder_families.mistral import MINISTRAL3, MISTRAL, MIXTRAL
@@ -33,6 +34,9 @@ DECODER_FAMILIES: Mapping[str, DecoderFamily] = {
         GEMMA4_UNIFIED,
         PHI3,
         GLM4,
+        GLM4_MOE,
+        GLM4_MOE_LITE,
+        DEEPSEEK_V3,
         GRANITE,
         OLMO2,
         OLMO3,

@@ -11,6 +11,7 @@ from typing import Any
 from jaxpeft.models.base import ConfigReader
 from jaxpeft.models.decoder_config import SLIDING, DecoderFamily, all_sliding
 from jaxpeft.models.decoder_families.mixtures import read_mixture
+from jaxpeft.models.router import Routing
 
 MISTRAL = DecoderFamily(
     "mistral",
@@ -66,7 +67,9 @@ MIXTRAL = dataclasses.replace(
         "router_aux_loss_coef": 0.001,
     },
     parts={
-        "mixture": read_mixture("block_sparse_moe", ("w1", "w3", "w2"), "intermediate_size", True)
+        "mixture": read_mixture(
+            "block_sparse_moe", ("w1", "w3", "w2"), "intermediate_size", Routing(normalized=True)
+        )
     },
     refused={"router_jitter_noise": "the router has no noise"},
 )

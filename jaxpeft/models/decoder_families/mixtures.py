@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from jaxpeft.models.base import ConfigReader
-from jaxpeft.models.decoder_config import Part
 from jaxpeft.models.experts import Mixture
+from jaxpeft.models.router import Routing
+
+GATED = ("gate_proj", "up_proj", "down_proj")
+"""The usual names of the modules of an expert."""
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""Names of the number of experts; the first is what transformers 5 writes for most families."""
 
 
 def read_mixture(
-    module: str, names: tuple[str, str, str], width: str, normalized: Part
+    module: str,
+    names: tuple[str, str, str],
+    width: str,
+    routing: Routing | Callable[[ConfigReader], Routing],
+    *,
+    shared: str = "",
 ) -> Callable[[ConfigReader], Mixture]:
     """Return the part `mixture` of a family, read from its `config.json`.
 
@@ -18,26 +28,30 @@ def read_mixture(
         module: see `Mixture`.
         names: see `Mixture`.
         width: field of `config.json` with the width of an expert.
-        normalized: see `Mixture`.
+        routing: see `Mixture`; or what reads it.
+        shared: field with the number of experts that all tokens share; empty if there are none.
     """
 
     def read(reader: ConfigReader) -> Mixture:
-        local = "num_local_experts"  # what transformers 5 writes for every family
-        experts = "num_experts" if reader.get(local) is None else local
+        experts = next((name for name in _COUNTS if reader.get(name) is not None), _COUNTS[0])
         count = reader.integer(experts)
         chosen = reader.integer("num_experts_per_tok")
         if chosen > count:
             reader.problems.append(
                 f"num_experts_per_tok: is {chosen}, but there are only {count} experts ({experts})"
             )
+        found = routing(reader) if callable(routing) else routing
+        reader.problems.extend(found.problems(count, chosen))
+        wide = reader.integer(width)
         return Mixture(
             module,
             names,
             count,
             min(chosen, count),
-            reader.integer(width),
-            bool(normalized(reader) if callable(normalized) else normalized),
+            wide,
+            found,
             reader.number("router_aux_loss_coef") if reader.flag("output_router_logits") else 0.0,
+            wide * reader.integer(shared) if shared else 0,
         )
 
     return read

@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxpeft.models.decoder_config import ATTENTION_BIAS, DecoderFamily, flag, upper_sliding
-from jaxpeft.models.decoder_families.mixtures import read_mixture
+from jaxpeft.models.decoder_config import ATTENTION_BIAS, DecoderFamily, upper_sliding
+from jaxpeft.models.decoder_families.mixtures import GATED, read_mixture
+from jaxpeft.models.router import Routing
 
 QWEN2 = DecoderFamily(
     "qwen2",
@@ -41,9 +42,9 @@ QWEN3_MOE = dataclasses.replace(
         **QWEN3.parts,
         "mixture": read_mixture(
             "mlp",
-            ("gate_proj", "up_proj", "down_proj"),
+            GATED,
             "moe_intermediate_size",
-            flag("norm_topk_prob"),
+            lambda reader: Routing(normalized=reader.flag("norm_topk_prob")),
         ),
     },
     refused={"mlp_only_layers": "every layer must have experts"},
