@@ -165,7 +165,7 @@ def layers_and_width(params: Leaves) -> tuple[int, int]:
     """Return the number of attention layers and the width of their keys.
 
     Raises:
-        ConfigError: There are no key projections, or they differ in width.
+        ConfigError: There are no key projections, they differ in width, or a layer has none.
     """
     sites = {site.path: site for site in find_sites(params)}
     keys = [(site, site.shape[1]) for path, site in sites.items() if path[-1] in _KEYS]
@@ -181,7 +181,24 @@ def layers_and_width(params: Leaves) -> tuple[int, int]:
             else f"({', '.join((*_KEYS, *_JOINT))}) are not in the tree"
         )
         raise ConfigError(f"the key projections {found}; virtual tokens need keys of one width")
+    count, layers = (
+        len({_layer_of(name) for site in some for name in site.names} - {None})
+        for some in ([site for site, _ in keys], sites.values())
+    )
+    if count < layers:
+        raise ConfigError(
+            f"{layers - count} of the {layers} layers have a recurrence instead of attention, so"
+            " they have no keys, which these virtual tokens need in every layer; use prompt tuning"
+            " or another method"
+        )
     return sum(len(site.names) for site, _ in keys), widths[0]
+
+
+def _layer_of(name: str) -> str | None:
+    """Return the number of the layer in a module's name; None if it is in no layer."""
+    parts = tuple(name.split("."))
+    at = paths.layers_at(parts)
+    return None if at is None else parts[at + 1]
 
 
 def word_embedding(params: Leaves) -> Site:

@@ -32,7 +32,7 @@ from jaxpeft.models.layers import (
     run_layers,
     scaled,
 )
-from jaxpeft.models.masks import Mask, Virtual, make_mask, positions
+from jaxpeft.models.masks import Mask, TextRows, Virtual, make_mask, positions, runs
 from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, VOCAB, constrain
 
 Array = jax.Array
@@ -98,7 +98,7 @@ class DecoderBackbone(Pretrained):
             rotations[0] if own.rope is None else _stacked(rotations),
             next(iter(masks.values())),
             places,
-            None if c.mixture is None else attention_mask,
+            _text_rows(c, virtual, attention_mask, segment_ids),
         )
         norm = RMSNorm(c.rms_norm_eps, options.dtype, c.norm_offset, name="norm")
         return norm(x)[:, virtual.prompted :]
@@ -157,6 +157,15 @@ def _masks(
     return masks, None
 
 
+def _text_rows(
+    c: DecoderConfig, virtual: Virtual, attention_mask: Array | None, segment_ids: Array | None
+) -> TextRows:
+    """Return the padding and the documents of a batch, as far as layers need them."""
+    recurrent = any(c.of_layer(i).delta_net is not None for i in range(c.num_hidden_layers))
+    text = virtual.text(attention_mask) if recurrent or c.mixture is not None else None
+    return TextRows(text, runs(segment_ids) if recurrent else None)
+
+
 def _layer_inputs(
     c: DecoderConfig,
     options: ModelOptions,
@@ -169,7 +178,7 @@ def _layer_inputs(
     kinds, several = c.layer_kinds, len(rotations) > 1
     numbers = jnp.asarray([kind.window for kind in kinds], jnp.int32)
     window = numbers if c.windows and None in masks else None
-    own = LayerInputs(virtual.past, cache and (cache.keys, cache.values), window)
+    own = LayerInputs(virtual.past, cache and cache.layers, window)
     if options.scan_layers:
         ropes = jnp.asarray([kind.rope for kind in kinds], jnp.int32)
         return dataclasses.replace(own, rope=ropes if several else None)

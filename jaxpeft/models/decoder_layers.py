@@ -16,7 +16,9 @@ from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.attention import attend, by_heads
 from jaxpeft.models.base import ModelOptions
 from jaxpeft.models.decoder_config import DecoderConfig
+from jaxpeft.models.delta_net import GatedDeltaNet
 from jaxpeft.models.experts import SparseFeedForward
+from jaxpeft.models.kv_cache import KEYS, VALUES
 from jaxpeft.models.layers import (
     RMSNorm,
     dense,
@@ -26,7 +28,7 @@ from jaxpeft.models.layers import (
     residual_dense,
     scaled,
 )
-from jaxpeft.models.masks import Mask, prepend_virtual
+from jaxpeft.models.masks import Mask, TextRows, prepend_virtual
 from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, MLP, constrain
 
 Array = jax.Array
@@ -71,7 +73,7 @@ class LayerInputs:
 
     Attributes:
         past: keys and values of virtual positions, see `Virtual`.
-        cached: keys and values of earlier tokens, see `Cache`.
+        cached: what the layer keeps of earlier tokens, by name, see `Cache`.
         window: its window, an int32 scalar, 0 for no limit: in scanned layers with several windows.
         rope: index of its rotation, an int32 scalar: in scanned layers with several rotations.
         mask: its mask, if it is not the shared one.
@@ -112,8 +114,11 @@ class Attention(nn.Module):
             rotation: rotation of queries and keys.
             mask: the attention mask.
         """
-        c = self.config
-        q, k, v = by_heads(self._heads(x))
+        c, gate = self.config, None
+        q, k, v = self._heads(x)
+        if c.output_gate:
+            q, gate = jnp.split(q, 2, axis=-1)
+        q, k, v = by_heads((q, k, v))
         if c.qk_norm and not c.wide_qk_norm:
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
         q, k = rotation.rotate(q, k)
@@ -126,18 +131,22 @@ class Attention(nn.Module):
             v,
             mask,
             c.attention_dropout,
-            own.cached,
+            own.cached and (own.cached[KEYS], own.cached[VALUES]),
             c.scoring,
         )
+        out = out if gate is None else out * jax.nn.sigmoid(gate.reshape(out.shape))
         o_proj = residual_dense(c.hidden_size, "o_proj", self.options, bias=c.output_bias)
         out = o_proj.join(finish(o_proj(out)), residual)
         return mark_product(constrain(out, BATCH, LENGTH, HIDDEN))
 
     def _heads(self, x: Array) -> tuple[Array, Array, Array]:
-        """Return queries, keys and values, `[batch, length, heads, d]`."""
+        """Return queries, keys and values, `[batch, length, heads, d]`; a query is followed by the
+        gate of its head, if there are gates.
+        """
         c = self.config
         counts = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
-        widths = [n * c.head_dim for n in counts]
+        sizes = (c.head_dim * (1 + c.output_gate), c.head_dim, c.head_dim)
+        widths = [n * size for n, size in zip(counts, sizes, strict=True)]
         if c.fused_qkv:
             joint = dense(sum(widths), "qkv_proj", self.options, bias=c.qkv_bias)(x)
             q, k, v = jnp.split(joint, (widths[0], widths[0] + widths[1]), axis=-1)
@@ -150,7 +159,9 @@ class Attention(nn.Module):
             q, k, v = first.together(x, *others)
         if c.qk_norm and c.wide_qk_norm:
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
-        return tuple(y.reshape(*y.shape[:2], -1, c.head_dim) for y in (q, k, v))  # pyright: ignore[reportReturnType]
+        return tuple(
+            y.reshape(*y.shape[:2], -1, size) for y, size in zip((q, k, v), sizes, strict=True)
+        )  # pyright: ignore[reportReturnType]
 
     def _norm(self, name: str) -> RMSNorm:
         c = self.config
@@ -201,7 +212,7 @@ class Block(nn.Module):
         rotation: Rotation,
         mask: Mask,
         places: Array | None,
-        real: Array | None = None,
+        rows: TextRows,
     ) -> tuple[Array, None]:
         """Run the layer.
 
@@ -212,7 +223,7 @@ class Block(nn.Module):
                 selects one of several.
             mask: the attention mask.
             places: `[batch or 1, key]`, positions for the windows; None without windows.
-            real: `[batch, length]`, 0 for padding; None without experts.
+            rows: padding and documents, for experts and recurrences.
         """
         c, options = self.config, self.options
         x = mark_input(x)
@@ -226,13 +237,24 @@ class Block(nn.Module):
         names = c.norms
         h = self._normalize(names.before_attention, x)
         finish = partial(self._finish, names.after_attention)
-        x = Attention(c, options, name="self_attn")(h, x, finish, own, rotation, mask)
+        if c.delta_net is None:
+            x = Attention(c, options, name="self_attn")(h, x, finish, own, rotation, mask)
+        else:
+            net = GatedDeltaNet(
+                c.delta_net,
+                c.hidden_size,
+                c.hidden_act,
+                c.rms_norm_eps,
+                options,
+                name="linear_attn",
+            )
+            x = net(h, x, finish, own.cached, rows)
         h = self._normalize(names.before_mlp, x)
         finish = partial(self._finish, names.after_mlp)
         if c.mixture is None:
             return FeedForward(c, options, name="mlp")(h, x, finish), None
         experts = SparseFeedForward(c.mixture, c.hidden_act, options, name=c.mixture.module)
-        return experts(h, x, finish, real), None
+        return experts(h, x, finish, rows.text), None
 
     def _normalize(self, name: str, x: Array) -> Array:
         c = self.config

@@ -110,6 +110,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen3_moe", "plain", {}),
     ("qwen3_moe", "normalized", {"norm_topk_prob": True, "attention_bias": True}),
     ("qwen3_moe", "all-experts", {"num_experts_per_tok": 6, "tie_word_embeddings": True}),
+    ("qwen3_5_text", "plain", {}),
     ("smollm3", "plain", {}),
     ("smollm3", "named", {"no_rope_layers": [1, 0, 0, 1]}),
     ("smollm3", "window", {"use_sliding_window": True, "sliding_window": 4}),
