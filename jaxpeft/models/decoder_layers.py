@@ -134,7 +134,8 @@ class Attention(nn.Module):
             own.cached and (own.cached[KEYS], own.cached[VALUES]),
             c.scoring,
         )
-        out = out if gate is None else out * jax.nn.sigmoid(gate.reshape(out.shape))
+        if gate is not None:
+            out = out * jax.nn.sigmoid(mark_product(gate).reshape(out.shape))
         o_proj = residual_dense(c.hidden_size, "o_proj", self.options, bias=c.output_bias)
         out = o_proj.join(finish(o_proj(out)), residual)
         return mark_product(constrain(out, BATCH, LENGTH, HIDDEN))
