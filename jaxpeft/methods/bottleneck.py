@@ -31,7 +31,13 @@ from jaxpeft.lazy import jax, jnp
 from jaxpeft.methods.dropping import drop_input
 from jaxpeft.methods.targeted import TARGET_OPTIONS, Targeted, TargetedFormat
 
-ATTENTION = ("self_attn.o_proj", "attention.output.dense", "attention.out_lin", "attn.Wo")
+ATTENTION = (
+    "self_attn.o_proj",
+    "attention.output.dense",
+    "linear_attn.out_proj",
+    "attention.out_lin",
+    "attn.Wo",
+)
 FEED_FORWARD = ("mlp.down_proj", "output.dense", "ffn.lin2", "mlp.Wo")
 """Name suffixes of the modules that write to the residual stream; BERT's second also matches its
 first.

@@ -199,15 +199,16 @@ def keys_and_values(run: Any, ids: Any, layers: int) -> jax.Array:
         ConfigError: Layers have keys of different sizes, or none.
     """
     from jaxpeft.models.base import PAST
-    from jaxpeft.models.kv_cache import read_keys
+    from jaxpeft.models.kv_cache import KEYS, VALUES, read_layers
 
     _, kept = jax.jit(lambda base, ids: run.apply(base, ids, mutable=[PAST]))(run.base, ids[None])
-    each = read_keys(kept[PAST])
-    if len({leaf.shape for layer in each for leaf in layer}) > 1 or len(each[0]) < layers:
-        raise ConfigError(
-            "init_tokens: layers have keys of different sizes, or share them; leave it empty"
-        )
-    both = [jnp.stack([*layer]) for layer in each]
-    past = jnp.stack(both, axis=1)[:, :, 0]  # [layers, 2, kv_heads, n, d]
+    found = read_layers(kept[PAST])
+    if isinstance(found, list):
+        if len({leaf.shape for own in found for leaf in own.values()}) > 1 or len(found) < layers:
+            raise ConfigError(
+                "init_tokens: layers have keys of different sizes, or share them; leave it empty"
+            )
+        found = jax.tree.map(lambda *each: jnp.stack(each), *found)
+    past = jnp.stack([found[KEYS], found[VALUES]], axis=1)[:, :, 0]  # [layers, 2, kv_heads, n, d]
     past = jnp.transpose(past, (3, 0, 1, 2, 4)).astype(jnp.float32)
     return past.reshape(*past.shape[:3], -1)

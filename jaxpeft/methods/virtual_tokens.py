@@ -177,7 +177,7 @@ def layers_and_width(params: Leaves) -> tuple[int, int]:
     heads. A layer that attends to the keys of another leaves its part unused. Both are as in PEFT.
 
     Raises:
-        ConfigError: There are no key projections, or no width fits all.
+        ConfigError: There are no key projections, no width fits all, or a layer has none.
     """
     sites = {site.path: site for site in find_sites(params, ("linear", "norm"))}
     if any(path[-1] == _EXPANSION for path in sites):
@@ -199,6 +199,16 @@ def layers_and_width(params: Leaves) -> tuple[int, int]:
         raise ConfigError(
             f"the key projections ({named}) are not in the tree; virtual tokens need"
             " keys of one width"
+        )
+    adapted, every = (
+        len({_layer_of(name) for site in some for name in site.names} - {None})
+        for some in ((*keys, *queries), sites.values())
+    )
+    if adapted < every:
+        raise ConfigError(
+            f"{every - adapted} of the {every} layers have a recurrence instead of attention, so"
+            " they have no keys, which these virtual tokens need in every layer; use prompt tuning"
+            " or another method"
         )
     layers = max(sum(len(site.names) for site in each) for each in (keys, queries))
     return layers, _widest(widths, [_shape_of_heads(sites, site) for site in keys])
@@ -233,6 +243,13 @@ def _widest(widths: Collection[int], shapes: Sequence[tuple[int, int] | None]) -
             " leaves the others without a prefix)"
         )
     return heads * size
+
+
+def _layer_of(name: str) -> str | None:
+    """Return the number of the layer in a module's name; None if it is in no layer."""
+    parts = tuple(name.split("."))
+    at = paths.layers_at(parts)
+    return None if at is None else parts[at + 1]
 
 
 def word_embedding(params: Leaves) -> Site:

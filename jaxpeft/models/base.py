@@ -236,7 +236,10 @@ class ConfigReader:
             ConfigError: It lists every problem.
         """
         kind = self._config.get("model_type")
-        found = [f"{self._where} of a {kind} model: {problem}" for problem in self.problems]
+        found = [
+            f"{self._where} of a {kind} model: {problem}"
+            for problem in dict.fromkeys(self.problems)
+        ]
         if found or self._others:
             raise ConfigError([*self._others, *found])
 

@@ -4,7 +4,8 @@
 files, `language_model.model.layers...`. Here they have the names of the text model alone.
 
 The text model of a Qwen-VL rotates by three positions, of time, height and width (Wang et al. 2024,
-section 2.1, arXiv:2409.12191). In text all three are equal, so it is a Qwen2 or Qwen3.
+section 2.1, arXiv:2409.12191), and so does that of a Qwen3.5. In text all three are equal, so the
+former is a Qwen2 or Qwen3.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ TEXT_MODELS: Mapping[str, Mapping[str, Any]] = {
     "qwen2_vl": _QWEN2_VL,
     "qwen2_5_vl": _QWEN2_VL,
     "qwen3_vl": {"model_type": "qwen3", "rope_theta": 5e5},
+    "qwen3_5": {"model_type": "qwen3_5_text"},
 }
 """Defaults of the text model's config by the `model_type` of the checkpoint."""
 _SAME = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
@@ -35,10 +37,12 @@ RENAMED = (
     (r"^(model\.language_model|language_model\.model)\.", "model."),
 )
 OTHERS = (
-    r"(vision_tower|audio_tower|multi_modal_projector|visual)\..*",
+    r"(vision_tower|audio_tower|multi_modal_projector|visual|mtp)\..*",
     r"(embed_vision|embed_audio|vision_embedder)\..*",
 )
-"""Tensors of the other models, without the prefix of the backbone."""
+"""Tensors of the other models, without the prefix of the backbone. `mtp` predicts several tokens,
+to generate faster.
+"""
 _INHERITED = ("tie_word_embeddings", "dtype", "torch_dtype", "quantization_config", "eos_token_id")
 
 

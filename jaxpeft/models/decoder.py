@@ -33,7 +33,7 @@ from jaxpeft.models.layers import (
     run_layers,
     scaled,
 )
-from jaxpeft.models.masks import Mask, Virtual, make_mask, positions
+from jaxpeft.models.masks import Mask, TextRows, Virtual, make_mask, positions, runs
 from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, VOCAB, constrain
 
 Array = jax.Array
@@ -104,7 +104,7 @@ class DecoderBackbone(Pretrained):
             rotations[0] if own.rope is None else _stacked(rotations),
             next(iter(masks.values())),
             places,
-            None if c.mixture is None else attention_mask,
+            _text_rows(c, virtual, attention_mask, segment_ids),
         )
         norm = RMSNorm(c.rms_norm_eps, options.dtype, c.norm_offset, name="norm")
         return norm(stream.x)[:, virtual.prompted :]
@@ -172,6 +172,15 @@ def _masks(
     return masks, None
 
 
+def _text_rows(
+    c: DecoderConfig, virtual: Virtual, attention_mask: Array | None, segment_ids: Array | None
+) -> TextRows:
+    """Return the padding and the documents of a batch, as far as layers need them."""
+    recurrent = any(c.of_layer(i).delta_net is not None for i in range(c.num_hidden_layers))
+    text = virtual.text(attention_mask) if recurrent or c.mixture is not None else None
+    return TextRows(text, runs(segment_ids) if recurrent else None)
+
+
 def _layer_inputs(
     c: DecoderConfig,
     options: ModelOptions,
@@ -211,12 +220,11 @@ def _past(c: DecoderConfig, past: Array | None) -> Any:
     ]
 
 
-def _cached(c: DecoderConfig, cache: Cache) -> tuple[Any, Any]:
-    """Return the cached keys and values of each layer, those of another where layers share them."""
-    if not isinstance(cache.keys, list):
-        return cache.keys, cache.values
-    keys, values = ([of[i] for i in c.cached_layers] for of in (cache.keys, cache.values))
-    return keys, values
+def _cached(c: DecoderConfig, cache: Cache) -> Any:
+    """Return what each layer has in the cache, that of another where layers share keys."""
+    if not isinstance(cache.layers, list):
+        return cache.layers
+    return [cache.layers[i] for i in c.cached_layers]
 
 
 class DecoderWithHead(Pretrained):

@@ -11,12 +11,13 @@ from jaxpeft.models import rope
 from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.attention_scores import Scoring
 from jaxpeft.models.base import MOST_HEADS, MOST_LAYERS, ConfigReader
+from jaxpeft.models.delta_net import DeltaNet
 from jaxpeft.models.experts import Mixture
 from jaxpeft.models.latent_attention import Latent
 from jaxpeft.models.layer_embeddings import LayerEmbedding
 from jaxpeft.models.rope import Rope, RopeSwitches
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 BY_LAYERS = (FULL, SLIDING)
 """The kinds of layers that a config with one rotation for each names."""
 
@@ -82,6 +83,9 @@ class DecoderConfig:
             `1 + beta ln(1 + floor(p / b))`. None if they do not.
         other_ropes: rotations of further layers.
         layer_ropes: index of each layer's rotation in `ropes`; None if all are 0.
+        output_gate: whether `q_proj` also computes a gate for each head, whose sigmoid multiplies
+            the output of the head.
+        delta_net: what replaces attention; None for attention.
         mixture: the experts of each layer; None if its feed-forward is dense.
         value_norm: whether values are normalized, without a scale: `v / sqrt(mean(v^2) + eps)`.
         keys_as_values: whether values are the projection to keys, before norm and rotation.
@@ -133,6 +137,8 @@ class DecoderConfig:
     query_growth: tuple[float, float] | None = None
     other_ropes: tuple[Rope, ...] = ()
     layer_ropes: tuple[int, ...] | None = None
+    output_gate: bool = False
+    delta_net: DeltaNet | None = None
     mixture: Mixture | None = None
     value_norm: bool = False
     keys_as_values: bool = False
@@ -256,7 +262,12 @@ def upper_sliding(reader: ConfigReader, layers: int) -> Sequence[str]:
 
 
 def named_types(
-    reader: ConfigReader, layers: int, usual: Sequence[str], *, windows: bool = True
+    reader: ConfigReader,
+    layers: int,
+    usual: Sequence[str],
+    *,
+    windows: bool = True,
+    kinds: Sequence[str] = (FULL, SLIDING),
 ) -> Sequence[str]:
     """Return `layer_types`, or the usual ones if the field is missing.
 
@@ -265,11 +276,11 @@ def named_types(
         layers: number of layers.
         usual: the kinds of a config without the field.
         windows: whether a window is set.
+        kinds: the supported kinds.
     """
     named = reader.get("layer_types")
     if named is None:
         return usual
-    kinds = (FULL, SLIDING)
     if not isinstance(named, list) or len(named) != layers or any(n not in kinds for n in named):
         reader.problems.append(
             f"layer_types: {show(named)} is not supported (supported: {' or '.join(kinds)},"

@@ -16,7 +16,9 @@ from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.attention import attend, by_heads
 from jaxpeft.models.base import ModelOptions
 from jaxpeft.models.decoder_config import DecoderConfig
+from jaxpeft.models.delta_net import GatedDeltaNet
 from jaxpeft.models.experts import SparseFeedForward
+from jaxpeft.models.kv_cache import KEYS, VALUES
 from jaxpeft.models.latent_attention import latent_heads
 from jaxpeft.models.layer_embeddings import add_layer_input
 from jaxpeft.models.layers import (
@@ -29,7 +31,7 @@ from jaxpeft.models.layers import (
     residual_dense,
     scaled,
 )
-from jaxpeft.models.masks import Mask, prepend_virtual
+from jaxpeft.models.masks import Mask, TextRows, prepend_virtual
 from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, MLP, constrain
 
 Array = jax.Array
@@ -93,7 +95,7 @@ class LayerInputs:
 
     Attributes:
         past: keys and values of virtual positions, see `Virtual`.
-        cached: keys and values of earlier tokens, see `Cache`.
+        cached: what the layer keeps of earlier tokens, by name, see `Cache`.
         window: its window, an int32 scalar, 0 for no limit: in scanned layers with several windows.
         rope: index of its rotation, an int32 scalar: in scanned layers with several rotations.
         mask: its mask, if it is not the shared one.
@@ -138,7 +140,7 @@ class Attention(nn.Module):
         """
         c = self.config
         kept = stream.kept
-        q, k, v = self._attended(x, own.past, rotation, kept)
+        q, gate, k, v = self._attended(x, own.past, rotation, kept)
         if c.kept_as is not None:
             kept = {**kept, c.kept_as: (k, v)}
         out = attend(
@@ -149,9 +151,11 @@ class Attention(nn.Module):
             v,
             mask,
             c.attention_dropout,
-            own.cached,
+            own.cached and (own.cached[KEYS], own.cached[VALUES]),
             c.scoring,
         )
+        if gate is not None:
+            out = out * jax.nn.sigmoid(mark_product(gate).reshape(out.shape))
         o_proj = residual_dense(c.hidden_size, "o_proj", self.options, bias=c.output_bias)
         out = o_proj.join(finish(o_proj(out)), stream.x)
         return Stream(mark_product(constrain(out, BATCH, LENGTH, HIDDEN)), kept)
@@ -162,16 +166,22 @@ class Attention(nn.Module):
         past: Any,
         rotation: Rotation,
         kept: Mapping[int, tuple[Array, Array]],
-    ) -> tuple[Array, Array, Array]:
-        """Return the queries, and the keys and values to which they attend."""
-        c = self.config
+    ) -> tuple[Array, Array | None, Array, Array]:
+        """Return queries, the gates of their outputs, and the keys and values that they attend to.
+
+        Without gates, these are None.
+        """
+        c, gate = self.config, None
         if c.latent is not None:
             q, k, v = by_heads(latent_heads(c.latent, self.options, x, rotation))
-            return (q, *prepend_virtual(self, past, mark_product(k), mark_product(v)))
-        q, *fresh = by_heads(self._heads(x))
+            return (q, gate, *prepend_virtual(self, past, mark_product(k), mark_product(v)))
+        q, *fresh = self._heads(x)
+        if c.output_gate:
+            q, gate = jnp.split(q, 2, axis=-1)
+        q, *fresh = by_heads((q, *fresh))
         q = rotation.queries(self._of_heads("q_norm", q))
         keys = self._keys(fresh, past, rotation) if c.keys_of is None else kept[c.keys_of]
-        return (q, *keys)
+        return (q, gate, *keys)
 
     def _keys(
         self, projected: Sequence[Array], past: Any, rotation: Rotation
@@ -183,15 +193,18 @@ class Attention(nn.Module):
         return prepend_virtual(self, past, mark_product(k), mark_product(v))
 
     def _heads(self, x: Array) -> tuple[Array, ...]:
-        """Return queries, keys and values `[batch, length, heads, d]`, or queries alone."""
+        """Return queries, keys and values `[batch, length, heads, d]`, or queries alone; a query is
+        followed by the gate of its head, if there are gates.
+        """
         c = self.config
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
+        sizes = (c.head_dim * (1 + c.output_gate), c.head_dim, c.head_dim)
         if c.fused_qkv:
             widths = [n * c.head_dim for n in (heads, kv_heads, kv_heads)]
             joint = dense(sum(widths), "qkv_proj", self.options, bias=c.qkv_bias)(x)
             parts = tuple(jnp.split(joint, (widths[0], widths[0] + widths[1]), axis=-1))
         else:
-            counts = {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}
+            counts = {"q_proj": heads * (1 + c.output_gate), "k_proj": kv_heads, "v_proj": kv_heads}
             first, *others = (
                 dense(counts[name] * c.head_dim, name, self.options, bias=c.qkv_bias)
                 for name in c.projections
@@ -201,7 +214,9 @@ class Attention(nn.Module):
         if c.qk_norm and c.wide_qk_norm:
             q, k, v = parts
             parts = self._norm("q_norm")(q), self._norm("k_norm")(k), v
-        return tuple(y.reshape(*y.shape[:2], -1, c.head_dim) for y in parts)
+        return tuple(
+            y.reshape(*y.shape[:2], -1, size) for y, size in zip(parts, sizes, strict=False)
+        )
 
     def _of_heads(self, name: str, x: Array) -> Array:
         """Return queries or keys, normalized by head if the family does."""
@@ -257,7 +272,7 @@ class Block(nn.Module):
         rotation: Rotation,
         mask: Mask,
         places: Array | None,
-        real: Array | None = None,
+        rows: TextRows,
     ) -> tuple[Stream, None]:
         """Run the layer.
 
@@ -268,7 +283,7 @@ class Block(nn.Module):
                 selects one of several.
             mask: the attention mask.
             places: `[batch or 1, key]`, positions for the windows; None without windows.
-            real: `[batch, length]`, 0 for padding; None without experts.
+            rows: padding and documents, for experts and recurrences.
         """
         c, options = self.config, self.options
         stream = replace(stream, x=mark_input(stream.x))
@@ -282,14 +297,26 @@ class Block(nn.Module):
         names = c.norms
         h = self._normalize(names.before_attention, stream.x)
         finish = partial(self._finish, names.after_attention)
-        stream = Attention(c, options, name="self_attn")(h, stream, finish, own, rotation, mask)
+        if c.delta_net is None:
+            attention = Attention(c, options, name="self_attn")
+            stream = attention(h, stream, finish, own, rotation, mask)
+        else:
+            net = GatedDeltaNet(
+                c.delta_net,
+                c.hidden_size,
+                c.hidden_act,
+                c.rms_norm_eps,
+                options,
+                name="linear_attn",
+            )
+            stream = replace(stream, x=net(h, stream.x, finish, own.cached, rows))
         h = self._normalize(names.before_mlp, stream.x)
         finish = partial(self._finish, names.after_mlp)
         if c.mixture is None:
             x = FeedForward(c, options, name="mlp")(h, stream.x, finish)
         else:
             experts = SparseFeedForward(c.mixture, c.hidden_act, options, name=c.mixture.module)
-            x = experts(h, stream.x, finish, real)
+            x = experts(h, stream.x, finish, rows.text)
         if own.embedded is not None:
             x = add_layer_input(x, own.embedded, c.hidden_act, c.rms_norm_eps, options)
         if c.layer_scalar:

@@ -147,8 +147,8 @@ class SparseFeedForward(nn.Module):
             x: the normalized residual stream.
             residual: `x` before the norm.
             finish: what is applied to the result before the sum.
-            real: `[batch, length]`, nonzero for tokens that count in the load-balancing loss; None
-                if all do.
+            real: bool `[batch, length]`, the tokens that count in the load-balancing loss; None for
+                all.
         """
         m = self.mixture
         scores, weights, chosen = choose(m.routing, m.experts, m.chosen, x, self.options)
@@ -268,7 +268,7 @@ def _sow_routing(module: nn.Module, p: Array, chosen: Array, real: Array | None)
     """
     if not module.is_mutable_collection(ROUTING) or module.is_initializing():
         return
-    counted = jnp.ones(p.shape[:2]) if real is None else (real != 0).astype(jnp.float32)
+    counted = jnp.ones(p.shape[:2]) if real is None else real.astype(jnp.float32)
     counts = jnp.sum(jax.nn.one_hot(chosen, p.shape[-1]), axis=2)
     module.sow(ROUTING, _CHOICES, jnp.einsum("ble,bl->e", counts, counted))
     module.sow(ROUTING, _PROBABILITIES, jnp.einsum("ble,bl->e", p, counted))

@@ -1,15 +1,16 @@
-"""The KV cache: keys and values of earlier calls, so that a call computes only its own tokens.
+"""The cache: what layers keep of earlier calls, so that a call computes only its own tokens.
 
-A decoder reads a cache that is passed to it, and sows the keys, values and positions of its own
-tokens into the collection `PAST`. `append` writes them into the cache. A call with an empty cache
-and one with a full one are the same program, and every method, which sees only modules, works with
-both.
+A layer with attention keeps keys and values, with a slot for each token; one with a recurrence
+keeps the window of its convolution and its state, of a fixed size. A decoder reads a cache that is
+passed to it, and sows what its own tokens add, and their positions, into the collection `PAST`.
+`append` writes it into the cache. A call with an empty cache and one with a full one are the same
+program, and every method, which sees only modules, works with both.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,34 +22,39 @@ import jax.numpy as jnp
 from jaxpeft.core import paths
 from jaxpeft.core.paths import LAYER_CONTAINERS
 from jaxpeft.models.base import PAST
-from jaxpeft.sharding.logical_axes import BATCH, HEAD_DIM, KV_HEADS, constrain
+from jaxpeft.sharding.logical_axes import BATCH, HEAD_DIM, HEADS, KV_HEADS, constrain
 
 Array = jax.Array
-_KEYS, _VALUES, _POSITIONS = "keys", "values", "positions"
+KEYS, VALUES, WINDOW, STATE = "keys", "values", "window", "state"
+_POSITIONS = "positions"
 _STACKED = -1
 SLOTS = 32
 """The number of slots of a cache is a multiple of it, for kernels that read blocks of slots."""
+_SLOTS = (KEYS, VALUES)
+_DIMENSIONS: Mapping[str, tuple[str | None, ...]] = {
+    KEYS: (BATCH, KV_HEADS, None, HEAD_DIM),
+    VALUES: (BATCH, KV_HEADS, None, HEAD_DIM),
+    WINDOW: (BATCH, None, None),
+    STATE: (BATCH, HEADS, None, None),
+}
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["keys", "values", "positions"],
-    meta_fields=[],
-)
+@partial(jax.tree_util.register_dataclass, data_fields=["layers", "positions"], meta_fields=[])
 @dataclass(frozen=True)
 class Cache:
-    """Keys and values of earlier tokens, each row's in slots of any order.
+    """What the layers keep of earlier tokens.
 
     Attributes:
-        keys: rotated keys, `[layers, batch, kv_heads, slots, d]` if the layers are scanned, else a
-            list with the `[batch, kv_heads, slots, d]` of each layer.
-        values: values, of the same shape, except that d may differ.
+        layers: arrays by name, with a leading layer axis if the layers are scanned, else a list
+            with those of each layer: `keys`, rotated, and `values`, `[batch, kv_heads, slots, d]`
+            with a d of their own, each row's in slots of any order; or `window`
+            `[batch, n - 1, channels]`, the inputs of a convolution over n positions, and `state`
+            `[batch, heads, dk, dv]` float32.
         positions: `[batch, slots]` int32, the position of each slot, counted from the first virtual
             token; negative for an empty slot.
     """
 
-    keys: Any
-    values: Any
+    layers: Any
     positions: Array
 
     @property
@@ -59,15 +65,25 @@ class Cache:
 
 def sow_keys(module: nn.Module, k: Array, v: Array) -> None:
     """Sow the keys and values `[batch, length, kv_heads, d]` of a layer, if `PAST` is mutable."""
-    if module.is_mutable_collection(PAST) and not module.is_initializing():
-        module.sow(PAST, _KEYS, k)
-        module.sow(PAST, _VALUES, v)
+    _sow(module, {KEYS: k, VALUES: v})
+
+
+def sow_state(module: nn.Module, window: Array, state: Array) -> None:
+    """Sow the window and the state of a layer after its tokens, see `Cache`, if `PAST` is
+    mutable.
+    """
+    _sow(module, {WINDOW: window, STATE: state})
 
 
 def sow_positions(module: nn.Module, positions: Array) -> None:
     """Sow the positions `[batch, length]` of a call's keys, if `PAST` is mutable."""
+    _sow(module, {_POSITIONS: positions})
+
+
+def _sow(module: nn.Module, arrays: Mapping[str, Array]) -> None:
     if module.is_mutable_collection(PAST) and not module.is_initializing():
-        module.sow(PAST, _POSITIONS, positions)
+        for name, array in arrays.items():
+            module.sow(PAST, name, array)
 
 
 def read_sown(past: Mapping[str, Any]) -> Cache:
@@ -76,26 +92,22 @@ def read_sown(past: Mapping[str, Any]) -> Cache:
     Args:
         past: the collection `PAST` of the call.
     """
-    keys, values = read_keys(past)
     (positions,) = (leaf for path, (leaf,) in paths.walk(past) if path[-1] == _POSITIONS)
-    return Cache(keys, values, positions)
+    return Cache(read_layers(past), positions)
 
 
-def read_keys(past: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return the keys and values that a call has sown, as in `Cache`.
+def read_layers(past: Mapping[str, Any]) -> Any:
+    """Return what the layers have sown in a call, as in `Cache`.
 
     Args:
         past: the collection `PAST` of the call.
     """
-    found: dict[str, dict[int, Any]] = {_KEYS: {}, _VALUES: {}}
+    found: dict[int, dict[str, Array]] = {}
     for path, (leaf,) in paths.walk(past):
-        if path[-1] in found:
-            found[path[-1]][_layer(path)] = jnp.swapaxes(leaf, -3, -2)
-    keys, values = (
-        by_layer[_STACKED] if _STACKED in by_layer else [by_layer[i] for i in sorted(by_layer)]
-        for by_layer in (found[_KEYS], found[_VALUES])
-    )
-    return keys, values
+        if path[-1] in _DIMENSIONS:
+            kept = jnp.swapaxes(leaf, -3, -2) if path[-1] in _SLOTS else leaf
+            found.setdefault(_layer(path), {})[path[-1]] = kept
+    return found[_STACKED] if _STACKED in found else [found[i] for i in sorted(found)]
 
 
 def _layer(path: paths.Path) -> int:
@@ -112,30 +124,39 @@ def allocate(like: Cache, slots: int) -> Cache:
     """Return an empty cache with the shapes and dtypes of another, but at least `slots` slots."""
     slots = -(-slots // SLOTS) * SLOTS
 
-    def zeros(leaf: Array) -> Array:
-        return _constrain(jnp.zeros((*leaf.shape[:-2], slots, leaf.shape[-1]), leaf.dtype))
+    def zeros(name: str, leaf: Array) -> Array:
+        sizes = (slots, leaf.shape[-1]) if name in _SLOTS else leaf.shape[-2:]
+        return jnp.zeros((*leaf.shape[:-2], *sizes), leaf.dtype)
 
-    keys, values = jax.tree.map(zeros, (like.keys, like.values))
     empty = jnp.full((like.positions.shape[0], slots), -1, jnp.int32)
-    return Cache(keys, values, empty)
+    return Cache(_by_name(zeros, like.layers), empty)
 
 
 def append(cache: Cache, new: Cache, slot: Array | int) -> Cache:
-    """Write the slots of `new` into a cache, from `slot` on."""
+    """Write the slots of `new` into a cache, from `slot` on, and replace windows and states."""
 
-    def write(old: Array, own: Array) -> Array:
+    def write(name: str, old: Array, own: Array) -> Array:
+        own = own.astype(old.dtype)
+        if name not in _SLOTS:
+            return own
         at = [jnp.zeros((), jnp.int32)] * old.ndim
         at[-2] = jnp.asarray(slot, jnp.int32)
-        return _constrain(jax.lax.dynamic_update_slice(old, own.astype(old.dtype), at))
+        return jax.lax.dynamic_update_slice(old, own, at)
 
-    keys, values = jax.tree.map(write, (cache.keys, cache.values), (new.keys, new.values))
     at = (jnp.zeros((), jnp.int32), jnp.asarray(slot, jnp.int32))
-    return Cache(keys, values, jax.lax.dynamic_update_slice(cache.positions, new.positions, at))
+    positions = jax.lax.dynamic_update_slice(cache.positions, new.positions, at)
+    return Cache(_by_name(write, cache.layers, new.layers), positions)
 
 
-def _constrain(leaf: Array) -> Array:
-    lead = (None,) * (leaf.ndim - 4)
-    return constrain(leaf, *lead, BATCH, KV_HEADS, None, HEAD_DIM)
+def _by_name(fn: Callable[..., Array], *layers: Any) -> Any:
+    """Map the arrays of layers, whose names are the first argument, and constrain the results."""
+
+    def one(path: Any, *leaves: Array) -> Array:
+        name, out = path[-1].key, fn(path[-1].key, *leaves)
+        dimensions = _DIMENSIONS[name]
+        return constrain(out, *(None,) * (out.ndim - len(dimensions)), *dimensions)
+
+    return jax.tree_util.tree_map_with_path(one, *layers)
 
 
 def visible(queries: Array, keys: Array) -> Array:

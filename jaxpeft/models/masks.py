@@ -98,6 +98,41 @@ def make_mask(
     return Mask(None, text, segment_ids, causal, window)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["text", "runs"], meta_fields=[])
+@dataclass(frozen=True)
+class TextRows:
+    """The padding and the documents of rows, for layers that compute along them.
+
+    Attributes:
+        text: bool `[batch, length]`, false for padding; None if there is none.
+        runs: int32 `[batch, length]`, the number of the document of each position in its row, from
+            zero; None if there is only one.
+    """
+
+    text: Array | None = None
+    runs: Array | None = None
+
+    def without_padding(self, x: Array) -> Array:
+        """Return `x [batch, length, d]` with zeros for padding."""
+        return (
+            x if self.text is None else jnp.where(self.text[..., None], x, jnp.zeros((), x.dtype))
+        )
+
+    def last(self, x: Array, count: int) -> Array:
+        """Return the last positions up to the last token of each row, `[batch, count, d]`.
+
+        Args:
+            x: `[batch, count + length, d]`, with positions before the row.
+            count: their number.
+        """
+        if self.text is None:
+            return x[:, x.shape[1] - count :]
+        after = jnp.arange(1, self.text.shape[1] + 1, dtype=jnp.int32)
+        ends = jnp.max(jnp.where(self.text, after, 0), axis=1)
+        at = ends[:, None] + jnp.arange(count, dtype=jnp.int32)
+        return jnp.take_along_axis(x, at[..., None], axis=1)
+
+
 @dataclass(frozen=True)
 class Virtual:
     """Virtual positions in front of a row's tokens; every token attends to them, in each segment of
@@ -226,12 +261,22 @@ class Virtual:
             where: `[batch, prompted + length]`, their positions.
             attention_mask: `[batch, length]`, 1 for a token; None if there is no padding.
         """
+        text = self.text(attention_mask)
+        return where if text is None else jnp.where(text, where, -1)
+
+    def text(self, attention_mask: Array | None) -> Array | None:
+        """Return which positions of prompt and tokens are not padding.
+
+        Args:
+            attention_mask: `[batch, length]`, 1 for a token; None if there is no padding.
+
+        Returns:
+            bool `[batch, prompted + length]`, or None.
+        """
         if attention_mask is None:
-            return where
-        text = jnp.pad(
-            attention_mask.astype(bool), ((0, 0), (self.prompted, 0)), constant_values=True
-        )
-        return jnp.where(text, where, -1)
+            return None
+        text = attention_mask.astype(bool)
+        return jnp.pad(text, ((0, 0), (self.prompted, 0)), constant_values=True)
 
     def places(self, segment_ids: Array | None, length: int) -> Array:
         """Return the position of each key, `[batch or 1, count + length]`, restarting in each
@@ -271,7 +316,19 @@ def positions(segment_ids: Array | None, batch: int, length: int) -> Array:
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     if segment_ids is None:
         return index
-    begins = jnp.concatenate(
-        [jnp.ones((batch, 1), bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1
-    )
-    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+    return index - jax.lax.cummax(jnp.where(_begins(segment_ids), index, 0), axis=1)
+
+
+def runs(segment_ids: Array | None) -> Array | None:
+    """Return the number of the segment of each position in its row, int32 `[batch, length]` from
+    zero; None for one segment.
+    """
+    if segment_ids is None:
+        return None
+    return jnp.cumsum(_begins(segment_ids), axis=1, dtype=jnp.int32) - 1
+
+
+def _begins(segment_ids: Array) -> Array:
+    """Return where segments begin, bool `[batch, length]`."""
+    first = jnp.ones((segment_ids.shape[0], 1), bool)
+    return jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)

@@ -94,11 +94,15 @@ _COLUMNS = (
     r"(.*/)?(q_proj|k_proj|v_proj|qkv_proj|gate_proj|up_proj|gate_up_proj|q_lin|k_lin|v_lin|lin1)",
     r"(.*/)?(q_b_proj|kv_b_proj)",  # of latents, which are not sharded along tensor
     r"(.*/)?(Wqkv|Wi)",
+    r"(.*/)?in_proj_(qkv|z)",
     r"(.*/)?experts/(w1|w3)",  # Mixtral
     r"(.*/)?(attention/self/(query|key|value)|intermediate/dense)",  # BERT and its kind
     r"(.*/)?attention/self/(pos_)?(query|key|value)_proj",  # DeBERTa
 )
-_ROWS = (r"(.*/)?(o_proj|down_proj|out_lin|lin2|Wo|experts/w2)", r"(.*/)?output/dense")
+_ROWS = (
+    r"(.*/)?(o_proj|out_proj|down_proj|out_lin|lin2|Wo|experts/w2)",
+    r"(.*/)?output/dense",
+)
 TABLE: tuple[Rule, ...] = (
     *(Rule(f"{module}/kernel", ((), _BOTH)) for module in _COLUMNS),
     *(Rule(f"{module}/bias", ((TENSOR,),)) for module in _COLUMNS),
@@ -114,6 +118,8 @@ TABLE: tuple[Rule, ...] = (
     Rule(r"(.*/)?per_layer_(model_projection|input_gate|projection)/kernel", ((), (FSDP,))),
     Rule(r"(.*/)?(q_a_proj|kv_a_proj_with_mqa)/kernel", ((), (FSDP,))),
     Rule(r"(.*/)?(mlp|block_sparse_moe)/gate/kernel"),
+    # a device computes all heads' gates, which are as narrow as the number of heads
+    Rule(r"(.*/)?linear_attn/((in_proj_[ab]|conv1d)/kernel|A_log|dt_bias)"),
     Rule(r"(.*/)?rel_embeddings/embedding", ((), (FSDP,))),
     Rule(r"(.*/)?(position|token_type)_embeddings/embedding"),
     Rule(r"(classifier|score|pre_classifier)/.*"),

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxpeft.core import paths
 from jaxpeft.forward import run
 from jaxpeft.hub.loading import Outline
-from jaxpeft.models.base import abstract_params
+from jaxpeft.models.base import Pretrained, abstract_params
 from jaxpeft.models.chunked_attention import block_of
 from jaxpeft.remat import ATTENTION, REMAT_POLICIES, fastest
 from jaxpeft.sharding.layout import HOST, Layout, layout
@@ -77,27 +77,22 @@ def estimate(
         where: layout of the leaves, from `layout_of`; None if every device has all leaves.
     """
     model, options = outline.model, outline.model.options
-    one = model.clone(
-        config=dataclasses.replace(model.config, num_hidden_layers=1),
-        options=dataclasses.replace(options, scan_layers=False, remat="none", attention="xla"),
-    )
-    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    # exclude a language model's head: its loss is computed in chunks
-    extra: dict[str, Any] = {"hidden": True} if options.task == "causal_lm" else {}
-    jaxpr = jax.make_jaxpr(lambda params, ids: run(one, params, ids, **extra))(
-        abstract_params(one), ids
-    )
     size, hidden, tensor = (
         jnp.dtype(options.dtype).itemsize,
         model.config.hidden_size,
         _along(where, TENSOR),
     )
-    marked: Counter[str] = Counter()
-    for name, aval in _named_values(jaxpr.jaxpr):
-        marked[name] += _share(name, aval, hidden, tensor)
+    kinds = Counter(getattr(model.config, "per_layer", ()) or (model.config,))
+    marked, largest = Counter[str](), 0
     stream = rows * length * hidden * size
+    for kind, count in kinds.items():
+        own = Counter[str]()
+        for name, aval in _activations(model, kind, rows, length):
+            own[name] += _share(name, aval, hidden, tensor)
+            marked[name] += _share(name, aval, hidden, tensor) * count
+        largest = max(largest, REMAT_POLICIES["products"].nbytes(1, stream, own))
+    mean = {name: total // kinds.total() for name, total in marked.items()}
     layers = model.config.num_hidden_layers
-    one_layer = REMAT_POLICIES["products"].nbytes(1, stream, marked)
     vocab = model.config.vocab_size // tensor if options.task == "causal_lm" else 0
     base, gathered = _base(outline, where)
     parts = _along(where, SEQUENCE)
@@ -106,14 +101,32 @@ def estimate(
     return Estimate(
         base=base,
         trained=16 * trained,
-        kept={
-            name: policy.nbytes(layers, stream, marked) for name, policy in REMAT_POLICIES.items()
-        },
+        kept={name: policy.nbytes(layers, stream, mean) for name, policy in REMAT_POLICIES.items()},
         working=scores
         + gathered
-        + 2 * one_layer
+        + 2 * largest
         + 2 * size * min(MOST_LOGITS, rows * length * vocab),
     )
+
+
+def _activations(model: Pretrained, kind: Any, rows: int, length: int) -> Iterator[tuple[str, Any]]:
+    """Yield `(name, abstract value)` of the named activations of one layer.
+
+    Args:
+        model: the model.
+        kind: the architecture of the layer.
+        rows: see `estimate`.
+        length: see `estimate`.
+    """
+    options = dataclasses.replace(model.options, scan_layers=False, remat="none", attention="xla")
+    one = model.clone(config=dataclasses.replace(kind, num_hidden_layers=1), options=options)
+    # exclude a language model's head: its loss is computed in chunks
+    extra: dict[str, Any] = {"hidden": True} if options.task == "causal_lm" else {}
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    jaxpr = jax.make_jaxpr(lambda params, ids: run(one, params, ids, **extra))(
+        abstract_params(one), ids
+    )
+    return _named_values(jaxpr.jaxpr)
 
 
 def _scores(kernel: str, queries: int, keys: int) -> int:

@@ -137,6 +137,19 @@ _TINY: Mapping[str, Mapping[str, Any]] = {
     "glm4_moe": {**_ROUTED, "head_dim": 16},
     "glm4_moe_lite": _LATENT,
     "deepseek_v3": {**_LATENT, "n_group": 4, "topk_group": 2},
+    "qwen3_5_text": {
+        **_DECODER,
+        "head_dim": 16,
+        "num_hidden_layers": 3,
+        "full_attention_interval": 2,
+        # with 1e-6 rounding decides: the norm after the delta rule divides outputs near zero by
+        # their size, and embeddings that change by 1e-7 change torch's logits by 2e-4, here by 6e-5
+        "rms_norm_eps": 0.1,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+    },
     "ministral3": {**_DECODER, "head_dim": 16, "rope_parameters": _YARN},
     "glm4": {**_DECODER, "head_dim": 16},
     "granite": _DECODER,

@@ -169,6 +169,39 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
         "yarn",
         {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}},
     ),
+    ("qwen3_5_text", "plain", {}),
+    (
+        "qwen3_5_text",
+        "layer-types",
+        {"layer_types": ["full_attention", "linear_attention"] * 2, "num_hidden_layers": 4},
+    ),
+    ("qwen3_5_text", "small-eps", {"rms_norm_eps": 1e-6}),
+    ("qwen3_5_text", "attention", {"layer_types": ["full_attention"] * 3}),
+    ("qwen3_5_text", "biases", {"attention_bias": True, "tie_word_embeddings": True}),
+    (
+        "qwen3_5_text",
+        "sizes",
+        {
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 3,
+            "linear_conv_kernel_dim": 2,
+            "hidden_act": "gelu",
+        },
+    ),
+    ("qwen3_5_text", "one-position", {"linear_conv_kernel_dim": 1}),
+    (
+        "qwen3_5_text",
+        "half",
+        {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.5,
+                "mrope_section": [2, 1, 1],
+                "mrope_interleaved": True,
+            }
+        },
+    ),
     ("smollm3", "plain", {}),
     ("smollm3", "named", {"no_rope_layers": [1, 0, 0, 1]}),
     ("smollm3", "window", {"use_sliding_window": True, "sliding_window": 4}),

@@ -172,6 +172,29 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar: must be a positive number"),
     (
+        "qwen3_5_text",
+        {"layer_types": ["sliding_attention"] * 3},
+        (
+            "layer_types: ['sliding_attention', 'sliding_attention', 'sliding_attention'] is not"
+            " supported (supported: full_attention or linear_attention, 3 times)"
+        ),
+    ),
+    (
+        "qwen3_5_text",
+        {"linear_num_value_heads": 3},
+        "linear_num_key_heads: 2 does not divide linear_num_value_heads 3",
+    ),
+    (
+        "qwen3_5_text",
+        {"full_attention_interval": 0},
+        "full_attention_interval: must be an integer of at least 1, is 0",
+    ),
+    (
+        "qwen3_5_text",
+        {"linear_conv_kernel_dim": "four"},
+        "linear_conv_kernel_dim: must be an integer of at least 1, is 'four'",
+    ),
+    (
         "gemma3_text",
         {"rope_parameters": {"chunked_attention": {"rope_type": "default"}}},
         (

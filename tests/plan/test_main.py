@@ -326,6 +326,24 @@ GEMMA4 = {
 }
 
 
+DELTA_NETS = {
+    "model_type": "qwen3_5_text",
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32,
+}
+
+
+@pytest.mark.slow
+def test_delta_nets_compile_on_a_cpu(tmp_path):
+    words = "--topology", "cpu:8", "--hbm", "1", "--strategies", "fsdp_tensor,sequence"
+    found, _ = planned(tmp_path, *words, "--tries", "0", **NARROW, **DELTA_NETS)
+    for row in found["rows"]:
+        assert row["fits"] is True, row["verdict"]
+
+
 @needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(

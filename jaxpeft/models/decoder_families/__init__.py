@@ -14,7 +14,7 @@ from jaxpeft.models.decoder_families.llama import LLAMA
 from jaxpeft.models.decoder_families.mistral import MINISTRAL3, MISTRAL, MIXTRAL
 from jaxpeft.models.decoder_families.olmo import OLMO2, OLMO3
 from jaxpeft.models.decoder_families.phi import PHI3
-from jaxpeft.models.decoder_families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from jaxpeft.models.decoder_families.qwen import QWEN2, QWEN3, QWEN3_5, QWEN3_MOE
 from jaxpeft.models.decoder_families.smollm import SMOLLM3
 
 DECODER_FAMILIES: Mapping[str, DecoderFamily] = {
@@ -27,6 +27,7 @@ DECODER_FAMILIES: Mapping[str, DecoderFamily] = {
         QWEN2,
         QWEN3,
         QWEN3_MOE,
+        QWEN3_5,
         GEMMA,
         GEMMA2,
         GEMMA3,

@@ -1,13 +1,25 @@
 """Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE (Qwen team 2024, arXiv:2407.10671, and 2025,
-arXiv:2505.09388).
+arXiv:2505.09388), and Qwen3.5.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
-from jaxpeft.models.decoder_config import ATTENTION_BIAS, DecoderFamily, upper_sliding
+from jaxpeft.models.base import MOST_HEADS, ConfigReader
+from jaxpeft.models.decoder_config import (
+    ATTENTION_BIAS,
+    FULL,
+    LINEAR,
+    DecoderFamily,
+    named_types,
+    upper_sliding,
+)
 from jaxpeft.models.decoder_families.mixtures import GATED, read_mixture
+from jaxpeft.models.delta_net import DeltaNet
+from jaxpeft.models.rope import RopeSwitches
 from jaxpeft.models.router import Routing
 
 QWEN2 = DecoderFamily(
@@ -48,4 +60,62 @@ QWEN3_MOE = dataclasses.replace(
         ),
     },
     refused={"mlp_only_layers": "every layer must have experts"},
+)
+
+
+def _linear_types(reader: ConfigReader, layers: int) -> Sequence[str]:
+    """Every n-th layer has attention, the others delta nets, unless `layer_types` names them."""
+    every = reader.integer("full_attention_interval")
+    usual = [FULL if (i + 1) % every == 0 else LINEAR for i in range(layers)]
+    return named_types(reader, layers, usual, kinds=(FULL, LINEAR))
+
+
+def _delta_net(reader: ConfigReader) -> DeltaNet:
+    """Read the sizes of the delta nets."""
+    keys, values = (
+        reader.integer(f"linear_num_{kind}_heads", most=MOST_HEADS) for kind in ("key", "value")
+    )
+    if values % keys:
+        reader.problems.append(
+            f"linear_num_key_heads: {keys} does not divide linear_num_value_heads {values}"
+        )
+    return DeltaNet(
+        key_heads=keys,
+        value_heads=values,
+        key_dim=reader.integer("linear_key_head_dim", most=MOST_HEADS),
+        value_dim=reader.integer("linear_value_head_dim", most=MOST_HEADS),
+        window=reader.integer("linear_conv_kernel_dim", most=MOST_HEADS),
+    )
+
+
+def _linear_layers(reader: ConfigReader, layers: int) -> Sequence[dict[str, Any]]:
+    net = _delta_net(reader)
+    return [
+        {"delta_net": net if kind == LINEAR else None} for kind in _linear_types(reader, layers)
+    ]
+
+
+QWEN3_5 = DecoderFamily(
+    "qwen3_5_text",
+    defaults={
+        "vocab_size": 248320,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "max_position_embeddings": 32768,
+        "partial_rotary_factor": 0.25,
+        "full_attention_interval": 4,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+    },
+    layer_types=_linear_types,
+    ropes=(RopeSwitches(partial=True),),
+    parts={**ATTENTION_BIAS, "qk_norm": True, "norm_offset": 1.0, "output_gate": True},
+    layer_parts=_linear_layers,
 )
