@@ -193,10 +193,10 @@ def _keys_and_values(run: Any, ids: Any) -> jax.Array:
     `[n, layers, 2, w]`.
     """
     from jaxpeft.models.base import PAST
-    from jaxpeft.models.kv_cache import read_keys
+    from jaxpeft.models.kv_cache import in_order, read_keys
 
     _, kept = jax.jit(lambda base, ids: run.apply(base, ids, mutable=[PAST]))(run.base, ids[None])
-    both = [jnp.stack([*each]) for each in read_keys(kept[PAST])]
+    both = [in_order(each) for each in read_keys(kept[PAST])]
     past = jnp.stack(both, axis=1)[:, :, 0]  # [layers, 2, kv_heads, n, d]
     past = jnp.transpose(past, (3, 0, 1, 2, 4)).astype(jnp.float32)
     return past.reshape(*past.shape[:3], -1)

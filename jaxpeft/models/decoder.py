@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,20 +22,19 @@ from jaxpeft.models.decoder_config import DecoderConfig, read_config
 from jaxpeft.models.decoder_families import DECODER_FAMILIES
 from jaxpeft.models.decoder_layers import Block, LayerInputs, Rotation
 from jaxpeft.models.kv_cache import Cache, sow_positions
+from jaxpeft.models.layer_stack import run_layers
 from jaxpeft.models.layers import (
     RMSNorm,
     dense,
     dropout,
     head_dense,
     pool,
-    run_layers,
     scaled,
 )
 from jaxpeft.models.masks import Mask, Virtual, make_mask, positions
 from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, VOCAB, constrain
 
 Array = jax.Array
-_log = logging.getLogger(__name__)
 TASKS = ("causal_lm", "sequence_classification", "token_classification", "encoder")
 
 
@@ -99,6 +97,7 @@ class DecoderBackbone(Pretrained):
             next(iter(masks.values())),
             places,
             None if c.mixture is None else attention_mask,
+            kinds=c.unequal_layers,
         )
         norm = RMSNorm(c.rms_norm_eps, options.dtype, c.norm_offset, name="norm")
         return norm(x)[:, virtual.prompted :]
@@ -144,10 +143,11 @@ def _masks(
 
     Returns:
         A mask for each window, and None. Or one mask and the positions from which each layer
-        computes its window: in scanned layers with several windows, and with virtual positions.
+        computes its window: in equal, scanned layers with several windows, and with virtual
+        positions.
     """
     windows = sorted(set(c.windows or (0,)))
-    if windows != [0] and (virtual.count or (options.scan_layers and len(windows) > 1)):
+    if windows != [0] and (virtual.count or (_is_one_body(c, options) and len(windows) > 1)):
         mask = virtual.mask(rows, length).prepare(options.attention, length)
         return {None: mask}, virtual.places(segment_ids, length)
     masks: dict[int | None, Mask] = {}
@@ -155,6 +155,11 @@ def _masks(
         mask = virtual.mask(dataclasses.replace(rows, window=window), length)
         masks[window] = mask.prepare(options.attention, length)
     return masks, None
+
+
+def _is_one_body(c: DecoderConfig, options: ModelOptions) -> bool:
+    """Return whether one program computes all layers, whatever their windows and rotations."""
+    return options.scan_layers and not c.per_layer
 
 
 def _layer_inputs(
@@ -165,12 +170,12 @@ def _layer_inputs(
     rotations: list[Rotation],
     masks: Mapping[int | None, Mask],
 ) -> LayerInputs:
-    """Return what the layers do not share: arrays with a layer axis, or lists if unrolled."""
+    """Return what the layers do not share, as in `run_layers`."""
     kinds, several = c.layer_kinds, len(rotations) > 1
     numbers = jnp.asarray([kind.window for kind in kinds], jnp.int32)
     window = numbers if c.windows and None in masks else None
-    own = LayerInputs(virtual.past, cache and (cache.keys, cache.values), window)
-    if options.scan_layers:
+    own = LayerInputs(virtual.past, cache and cache.by_layers(), window)
+    if _is_one_body(c, options):
         ropes = jnp.asarray([kind.rope for kind in kinds], jnp.int32)
         return dataclasses.replace(own, rope=ropes if several else None)
     return dataclasses.replace(
@@ -238,9 +243,6 @@ def build(config: Mapping[str, Any], options: ModelOptions, where: str) -> Pretr
     problems = option_problems(options, family.model_type, TASKS, ("last", "mean", "cls"))
     kind = DecoderBackbone if options.task == "encoder" else DecoderWithHead
     parsed = read_config(family, config, problems, where)
-    if parsed.per_layer and options.scan_layers:
-        _log.info("the layers of a %s model are unequal: they are unrolled", family.model_type)
-        options = dataclasses.replace(options, scan_layers=False)
     return kind(parsed, with_pooling(options, parsed.own_pooling))
 
 

@@ -40,7 +40,7 @@ class NormNames:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What may differ between layers of equal parameters.
+    """What may differ between layers of equal leaves.
 
     Attributes:
         window: window size of the attention, including the query itself; 0 for no limit.
@@ -156,6 +156,11 @@ class DecoderConfig:
         none = (0,) * count
         pairs = zip((self.windows or none)[:count], (self.layer_ropes or none)[:count], strict=True)
         return tuple(LayerKind(*pair) for pair in pairs)
+
+    @property
+    def unequal_layers(self) -> tuple[tuple[DecoderConfig, LayerKind], ...]:
+        """What distinguishes each layer if their leaves differ; empty if they do not."""
+        return tuple(zip(self.per_layer, self.layer_kinds, strict=bool(self.per_layer)))
 
 
 Part = Any | Callable[[ConfigReader], Any]

@@ -8,7 +8,6 @@ both.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +18,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.core import paths
-from jaxpeft.core.paths import LAYER_CONTAINERS
 from jaxpeft.models.base import PAST
 from jaxpeft.sharding.logical_axes import BATCH, HEAD_DIM, KV_HEADS, constrain
 
 Array = jax.Array
 _KEYS, _VALUES, _POSITIONS = "keys", "values", "positions"
-_STACKED = -1
 
 
 @partial(
@@ -38,16 +35,20 @@ class Cache:
     """Keys and values of earlier tokens, each row's in slots of any order.
 
     Attributes:
-        keys: rotated keys, `[layers, batch, kv_heads, slots, d]` if the layers are scanned, else a
-            list with the `[batch, kv_heads, slots, d]` of each layer.
-        values: values, of the same shape.
+        keys: rotated keys by the name of their layers in paths: `[batch, kv_heads, slots, d]` of
+            one layer, `[layers, batch, kv_heads, slots, d]` of stacked ones.
+        values: values, of the same shapes.
         positions: `[batch, slots]` int32, the position of each slot, counted from the first virtual
             token; negative for an empty slot.
     """
 
-    keys: Any
-    values: Any
+    keys: dict[str, Array]
+    values: dict[str, Array]
     positions: Array
+
+    def by_layers(self) -> dict[str, tuple[Array, Array]]:
+        """Return the keys and values of layers by their name."""
+        return {name: (keys, self.values[name]) for name, keys in self.keys.items()}
 
     @property
     def slots(self) -> int:
@@ -79,31 +80,33 @@ def read_sown(past: Mapping[str, Any]) -> Cache:
     return Cache(keys, values, positions)
 
 
-def read_keys(past: Mapping[str, Any]) -> tuple[Any, Any]:
+def read_keys(past: Mapping[str, Any]) -> tuple[dict[str, Array], dict[str, Array]]:
     """Return the keys and values that a call has sown, as in `Cache`.
 
     Args:
         past: the collection `PAST` of the call.
     """
-    found: dict[str, dict[int, Any]] = {_KEYS: {}, _VALUES: {}}
+    found: dict[str, dict[str, Array]] = {_KEYS: {}, _VALUES: {}}
     for path, (leaf,) in paths.walk(past):
-        if path[-1] in found:
-            found[path[-1]][_layer(path)] = jnp.swapaxes(leaf, -3, -2)
-    keys, values = (
-        by_layer[_STACKED] if _STACKED in by_layer else [by_layer[i] for i in sorted(by_layer)]
-        for by_layer in (found[_KEYS], found[_VALUES])
-    )
-    return keys, values
+        within = paths.within_layer(path)
+        if within is not None and path[-1] in found:
+            found[path[-1]][within[0]] = jnp.swapaxes(leaf, -3, -2)
+    return found[_KEYS], found[_VALUES]
 
 
-def _layer(path: paths.Path) -> int:
-    """Return the number of the layer of a path, `_STACKED` if the layers are stacked."""
-    numbers = [
-        int(name)
-        for container, name in itertools.pairwise(path)
-        if container in LAYER_CONTAINERS and name.isdecimal()
-    ]
-    return numbers[0] if numbers else _STACKED
+def in_order(by_layers: Mapping[str, Array]) -> Array:
+    """Return the arrays of all layers, stacked in their order.
+
+    Args:
+        by_layers: arrays by the name of their layers, with a leading axis for stacked layers.
+    """
+    if paths.ALL_LAYERS in by_layers:
+        return by_layers[paths.ALL_LAYERS]
+    found: dict[int, Array] = {}
+    for name, leaf in by_layers.items():
+        layers = paths.named_layers(name) or range(0)
+        found |= zip(layers, leaf if len(layers) > 1 else [leaf], strict=True)
+    return jnp.stack([found[i] for i in sorted(found)])
 
 
 def allocate(like: Cache, slots: int) -> Cache:

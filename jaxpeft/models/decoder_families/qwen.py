@@ -5,7 +5,11 @@ arXiv:2505.09388).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from jaxpeft.errors import show
+from jaxpeft.models.base import ConfigReader
 from jaxpeft.models.decoder_config import ATTENTION_BIAS, DecoderFamily, flag, upper_sliding
 from jaxpeft.models.decoder_families.mixtures import read_mixture
 
@@ -23,6 +27,25 @@ QWEN3 = DecoderFamily(
     layer_types=upper_sliding,
     parts={**ATTENTION_BIAS, "qk_norm": True},
 )
+
+
+def _sparse_layers(reader: ConfigReader, layers: int) -> Sequence[Mapping[str, Any]]:
+    """Return the parts of each layer: every `decoder_sparse_step`-th has experts, except for those
+    in `mlp_only_layers`; the others are dense.
+    """
+    every, named = reader.integer("decoder_sparse_step"), reader.get("mlp_only_layers") or []
+    if not isinstance(named, list) or any(i not in range(layers) for i in named):
+        reader.problems.append(
+            f"mlp_only_layers: must be a list of layer numbers below {layers}, is {show(named)}"
+        )
+        return ()
+    dense = [i in named or (i + 1) % every > 0 for i in range(layers)]
+    if all(dense):
+        reader.problems.append(
+            f"mlp_only_layers: {show(named)} with decoder_sparse_step {every} leaves no layer with"
+            " experts; use model_type qwen3 for a dense model"
+        )
+    return [{"mixture": None} if each else {} for each in dense] if any(dense) else ()
 
 
 QWEN3_MOE = dataclasses.replace(
@@ -46,5 +69,5 @@ QWEN3_MOE = dataclasses.replace(
             flag("norm_topk_prob"),
         ),
     },
-    refused={"mlp_only_layers": "every layer must have experts"},
+    layer_parts=_sparse_layers,
 )
