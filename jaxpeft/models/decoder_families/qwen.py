@@ -10,7 +10,14 @@ from typing import Any
 
 from jaxpeft.errors import show
 from jaxpeft.models.base import ConfigReader
-from jaxpeft.models.decoder_config import ATTENTION_BIAS, DecoderFamily, flag, upper_sliding
+from jaxpeft.models.decoder_config import (
+    ATTENTION_BIAS,
+    FULL,
+    SLIDING,
+    DecoderFamily,
+    flag,
+    upper_sliding,
+)
 from jaxpeft.models.decoder_families.mixtures import read_mixture
 
 QWEN2 = DecoderFamily(
@@ -27,6 +34,11 @@ QWEN3 = DecoderFamily(
     layer_types=upper_sliding,
     parts={**ATTENTION_BIAS, "qk_norm": True},
 )
+
+
+def _all_or_none(reader: ConfigReader, layers: int) -> Sequence[str]:
+    """Every layer has a window if `use_sliding_window` is on, whatever `layer_types` says."""
+    return [SLIDING if reader.flag("use_sliding_window") else FULL] * layers
 
 
 def _sparse_layers(reader: ConfigReader, layers: int) -> Sequence[Mapping[str, Any]]:
@@ -51,6 +63,7 @@ def _sparse_layers(reader: ConfigReader, layers: int) -> Sequence[Mapping[str, A
 QWEN3_MOE = dataclasses.replace(
     QWEN3,
     model_type="qwen3_moe",
+    layer_types=_all_or_none,
     defaults={
         "sliding_window": 4096,
         "head_dim": 128,
