@@ -35,6 +35,11 @@ EXPERTS = {
     "mixtral": ("w1", "w2", "w3"),
     "qwen3_moe": ("gate_proj", "up_proj", "down_proj"),
 }
+TARGETS = {
+    "mixtral": ("q_proj", *EXPERTS["mixtral"]),
+    # without the dense layers, whose modules have the names of those of experts
+    "qwen3_moe": r".*\.(q_proj|experts.*\.(gate_proj|up_proj|down_proj))",
+}
 every_family = pytest.mark.parametrize("kind", EXPERTS)
 Make = Callable[..., Reference]
 
@@ -49,7 +54,7 @@ def test_peft_gives_the_logits_of_adapted_experts(
 ) -> None:
     made = reference(kind, CAUSAL)
     model, base = made.load(scan_layers=scan)
-    method = jaxpeft.LoRA(rank=4, targets=("q_proj", *EXPERTS[kind]))
+    method = jaxpeft.LoRA(rank=4, targets=TARGETS[kind])
     params = trained(method, jaxpeft.rewrite(method, base, jax.random.key(0)))
     jaxpeft.save_adapter(tmp_path / "a", method, params, model)
     assert_close(
@@ -141,23 +146,28 @@ def test_gradients_of_kernels_are_those_of_torch(reference: Make, kind: str) -> 
     def loss(params: Any) -> Any:
         return jnp.mean(jnp.square(jaxpeft.apply(model, params, batch.ids)))
 
-    own = jax.jit(jax.grad(loss))(params)["model"]["layers"]
+    own = jaxpeft.unstack_layers(jax.jit(jax.grad(loss))(params))["model"]["layers"]
     for leaf in made.model.parameters():
         leaf.grad = None
     torch.mean(made.model(torch.tensor(batch.ids, dtype=torch.long)).logits ** 2).backward()
     module = {"mixtral": "block_sparse_moe", "qwen3_moe": "mlp"}[kind]
     gate, up, down = (EXPERTS[kind][i] for i in ((0, 2, 1) if kind == "mixtral" else (0, 1, 2)))
-    kernels = own[module]["experts"]
+    compared = 0
     for i, layer in enumerate(made.model.model.layers):
+        if not hasattr(layer.mlp, "experts"):
+            wanted = layer.mlp.down_proj.weight.grad.T.numpy()
+            assert_close(np.asarray(own[str(i)][module][down]["kernel"]), wanted)
+            continue
+        kernels = own[str(i)][module]["experts"]
         wanted = layer.mlp.experts.gate_up_proj.grad.mT.numpy()
-        both = [np.asarray(kernels[name]["kernel"][i]) for name in (gate, up)]
+        both = [np.asarray(kernels[name]["kernel"]) for name in (gate, up)]
         assert_close(np.concatenate(both, axis=-1), wanted)
-        assert_close(
-            np.asarray(kernels[down]["kernel"][i]), layer.mlp.experts.down_proj.grad.mT.numpy()
-        )
-        assert_close(
-            np.asarray(own[module]["gate"]["kernel"][i]), layer.mlp.gate.weight.grad.T.numpy()
-        )
+        wanted = layer.mlp.experts.down_proj.grad.mT.numpy()
+        assert_close(np.asarray(kernels[down]["kernel"]), wanted)
+        router = own[str(i)][module]["gate"]["kernel"]
+        assert_close(np.asarray(router), layer.mlp.gate.weight.grad.T.numpy())
+        compared += 1
+    assert compared == 2
 
 
 @every_family
@@ -242,7 +252,7 @@ def test_an_adapter_that_cannot_adapt_experts_is_refused(reference: Make) -> Non
     ):
         jaxpeft.rewrite(jaxpeft.LoRA(dropout=0.1, targets=("down_proj",)), base, key)
     with pytest.raises(
-        TargetError, match=r"adapter cannot adapt experts, such as model\.layers\.0"
+        TargetError, match=r"adapter cannot adapt experts, such as model\.layers\.1"
     ):
         jaxpeft.rewrite(jaxpeft.Adapter(targets=("down_proj",)), base, key)
     with pytest.raises(
@@ -251,7 +261,7 @@ def test_an_adapter_that_cannot_adapt_experts_is_refused(reference: Make) -> Non
         jaxpeft.rewrite(jaxpeft.Adapter(placement="houlsby"), base, key)
     jaxpeft.rewrite(jaxpeft.Adapter(placement="houlsby", sublayers="attention"), base, key)
     only_attention = jaxpeft.rewrite(jaxpeft.LoRA(dropout=0.1, targets=("q_proj",)), base, key)
-    assert "lora_a" in only_attention["model"]["layers"]["self_attn"]["q_proj"]
+    assert "lora_a" in only_attention["model"]["layers"]["4"]["self_attn"]["q_proj"]
 
 
 def test_a_stack_of_adapters_of_experts_is_refused(reference: Make) -> None:
@@ -266,11 +276,11 @@ def test_a_stack_of_adapters_of_experts_is_refused(reference: Make) -> None:
 def test_all_linear_leaves_out_the_router(reference: Make) -> None:
     _, base = reference("qwen3_moe", CAUSAL).load(scan_layers=True)
     params = jaxpeft.rewrite(jaxpeft.LoRA(targets="all-linear"), base, jax.random.key(0))
-    layer = params["model"]["layers"]["mlp"]
+    layer = params["model"]["layers"]["1:4:2"]["mlp"]
     assert "lora_a" not in layer["gate"]
     assert layer["experts"]["up_proj"]["lora_a"].shape == (2, 6, 32, 8)
     params = jaxpeft.rewrite(jaxpeft.LoRA(targets=("gate",)), base, jax.random.key(0))
-    assert "lora_a" in params["model"]["layers"]["mlp"]["gate"]
+    assert "lora_a" in params["model"]["layers"]["1:4:2"]["mlp"]["gate"]
 
 
 @pytest.mark.slow

@@ -18,11 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from jaxpeft.core.targets import find_sites
 from jaxpeft.errors import AdapterError, show
 from jaxpeft.hub.weights.safetensors_files import Tensor
+from jaxpeft.models.base import abstract_params
 from jaxpeft.models.experts import Mixture
 
 FIELD = "target_parameters"
+ROUTER = "gate"
 _NAME = re.compile(
     r"(?P<layer>.*\.)mlp\.(experts|gate)\.(base_layer\.)?(?P<leaf>lora_[AB])\.weight"
 )
@@ -91,7 +94,7 @@ def split(
     if mixture is None:
         raise AdapterError(f"{where}: {FIELD}: {show(wanted)}, but the model has no experts")
     names = [wanted] if isinstance(wanted, str) else list(map(str, wanted))
-    known = {"gate_up_proj": mixture.names[:2], "down_proj": mixture.names[2:], "weight": ("gate",)}
+    known = {"gate_up_proj": mixture.names[:2], "down_proj": mixture.names[2:], "weight": (ROUTER,)}
     problems = [
         f"{where}: {FIELD}: {show(name)} is not supported (supported: gate_up_proj and down_proj of"
         " experts, and gate.weight)"
@@ -114,10 +117,34 @@ def split(
     }
     modules = {name.split(".lora_")[0].rpartition(".")[2] for name in parts if ".lora_" in name}
     own = config.get("target_modules")
-    targets = own if isinstance(own, list) else modules
+    targets = {*map(str, own if isinstance(own, list) else modules)}
     added = {name for each in names for name in known[each.rpartition(".")[2]]}
     rest = {key: value for key, value in config.items() if key != FIELD}
-    return {**rest, "target_modules": sorted({*map(str, targets), *added})}, parts
+    return {**rest, "target_modules": _targets(targets, added, model)}, parts
+
+
+def _targets(modules: set[str], experts: set[str], model: Any) -> list[str] | str:
+    """Return targets that match modules of these names, and those of experts.
+
+    Args:
+        modules: ends of names of modules.
+        experts: last components of the names of modules of experts, and of their router.
+        model: the model to adapt. If another of its modules, such as that of a dense layer, is
+            named like one of experts, the targets are a regular expression.
+    """
+    others = {
+        site.name.rpartition(".")[2]
+        for site in find_sites(abstract_params(model))
+        if not site.experts
+    }
+    clashing = (experts & others) - modules - {ROUTER}
+    if not clashing:
+        return sorted(modules | experts)
+    ends = (
+        "|".join(map(re.escape, sorted(names)))
+        for names in (modules | (experts - clashing), clashing)
+    )
+    return r"(.*\.)?({})|.*\.experts.*\.({})".format(*ends)
 
 
 def _parts(
