@@ -241,7 +241,7 @@ class Bottleneck(Targeted):
             return wanted
         on = _USUAL[self.placement] if self.sublayers == "default" else self.sublayers
         expert = next((name for name in names if f".{EXPERTS}." in name), None)
-        if on != "attention" and expert is not None and not usual_targets(FEED_FORWARD, names):
+        if on != "attention" and expert is not None:
             raise TargetError(
                 f"{self.name}.sublayers: {on!r} adapts feed-forwards, but this model has experts in"
                 f" their place, such as {expert}; set sublayers to 'attention'"

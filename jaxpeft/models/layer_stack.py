@@ -153,11 +153,12 @@ def _scan(module: Any, length: int, axes: Any, shared: Sequence[Any]) -> Any:
         axes: the axes of `per_layer` along which it is scanned.
         shared: inputs that the layers share.
     """
+    inputs: Any = (axes, *(nn.broadcast for _ in shared))
     return nn.scan(
         module,
         variable_axes={"params": 0, PAST: 0, ROUTING: 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(axes, *(nn.broadcast for _ in shared)),
+        in_axes=inputs,
         length=length,
     )
 

@@ -307,6 +307,7 @@ def test_a_run_learns_and_says_which_experts_it_trains(
         shutil.copy(file, folder)
     rows = write_rows(tmp_path / "rows.jsonl", "text")
     options = {"train__steps": 6, "optimizer__learning_rate": 1e-2, "log__plot": False}
+    options["model__scan_layers"] = True
     config = write_config(
         tmp_path / "mine.py", folder, rows, model__task=CAUSAL, **options, **method
     )
