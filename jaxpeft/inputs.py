@@ -175,8 +175,8 @@ def require_tree(model: Any, params: Any) -> None:
             if (
                 layers
                 and container in paths.LAYER_CONTAINERS
-                and key.isdecimal()
-                and int(key) >= layers
+                and (named := paths.named_layers(key))
+                and named[-1] >= layers
             ):
                 raise ConfigError(f"{paths.text(path)}: the model has {layers} layers{_OF_ANOTHER}")
     # these options do not affect the leaves

@@ -1,14 +1,17 @@
 """Paths of a parameter tree, and the Hugging Face names that they mirror.
 
-A path is a tuple of dict keys, `("model", "layers", "self_attn", "q_proj", "kernel")`. If the
-component `layers` (or `layer`) is not followed by a number, the leaves below it are stacked: their
-leading axis is the layer. So are the leaves below `experts`: their next axis is the expert.
+A path is a tuple of dict keys, `("model", "layers", "self_attn", "q_proj", "kernel")`. After the
+component `layers` (or `layer`), a number names one layer, and a slice such as `3:48:2` every second
+layer from 3 to below 48, whose leaves are stacked: their leading axis is the layer. Without either,
+the leaves of all layers are stacked. So are the leaves below `experts`: their next axis is the
+expert.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 Tree = dict[str, Any]
@@ -16,6 +19,9 @@ Path = tuple[str, ...]
 
 LAYER_CONTAINERS = frozenset({"layers", "layer", "h", "block", "blocks"})
 EXPERTS = "experts"
+ALL_LAYERS = ":"
+"""The name of the stack of all layers, which has no component in paths."""
+_LAYERS = re.compile(r"([0-9]+)(?::([0-9]+):([1-9][0-9]*))?")
 _TORCH_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 
 
@@ -71,6 +77,38 @@ def layers_at(path: Path) -> int | None:
     return next((i for i, key in enumerate(path[:-1]) if key in LAYER_CONTAINERS), None)
 
 
+def layers_name(layers: range) -> str:
+    """Return the component of a path that names layers: `3` for one, `3:48:2` for a stack."""
+    return str(layers[0]) if len(layers) == 1 else f"{layers.start}:{layers.stop}:{layers.step}"
+
+
+def named_layers(key: str) -> range | None:
+    """Return the layers that a component of a path names, or None if it names none."""
+    found = _LAYERS.fullmatch(key)
+    if found is None:
+        return None
+    start = int(found[1])
+    return range(start, int(found[2]), int(found[3])) if found[2] else range(start, start + 1)
+
+
+def within_layer(path: Path) -> tuple[str, Path] | None:
+    """Split a path in a layer into the name of the layers and the rest; None outside of layers.
+
+    The name is `ALL_LAYERS` if the leaves of all layers are stacked.
+    """
+    at = layers_at(path)
+    if at is None:
+        return None
+    key, *rest = path[at + 1 :]
+    return (ALL_LAYERS, (key, *rest)) if named_layers(key) is None else (key, tuple(rest))
+
+
+def layer_count(path: Path, leaf: Any) -> int:
+    """Return the number of layers of a leaf in a layer: several if they are stacked."""
+    within = within_layer(path)
+    return 1 if within is None or within[0].isdigit() else leaf.shape[0]
+
+
 def stacks(path: Path) -> tuple[int, ...]:
     """Return the indices in `path` of the containers whose items are stacked: layers, experts."""
     at = layers_at(path)
@@ -92,13 +130,12 @@ def hf_names(path: Path, sizes: tuple[int, ...] = ()) -> tuple[str, ...]:
         sizes: sizes of its stacked axes.
     """
     parts = [*path[:-1], _TORCH_LEAVES.get(path[-1], path[-1])]
-    ends = [at + 1 for at in stacks(path)[: len(sizes)]]
-    pieces = [".".join(parts[i:j]) for i, j in itertools.pairwise((0, *ends, len(parts)))]
-    places = itertools.product(*(range(n) for n in sizes[: len(ends)]))
-    return tuple(
-        ".".join(itertools.chain(*zip(pieces, map(str, place), strict=False), pieces[-1:]))
-        for place in places
-    )
+    choices: list[Sequence[str]] = [[part] for part in parts]
+    for at, size in reversed(list(zip(stacks(path), sizes, strict=False))):
+        layers = None if path[at] == EXPERTS else named_layers(path[at + 1])
+        numbers = list(map(str, range(size) if layers is None else layers))
+        choices[at + 1 : at + 1 + (layers is not None)] = [numbers]
+    return tuple(map(".".join, itertools.product(*choices)))
 
 
 def named_items(path: Path, leaf: Any) -> list[tuple[str, tuple[int, ...]]]:

@@ -103,27 +103,41 @@ def stack_leaves(leaves: Sequence[Any], layers: tuple[int, ...]) -> Any:
     return leaves[0]
 
 
-def stack_layers(params: Mapping[str, Any]) -> Tree:
+def stack_layers(params: Mapping[str, Any], like: Mapping[str, Any] | None = None) -> Tree:
     """Stack unrolled layers: `layers/0/...`, `layers/1/...` become one `layers/...` with a leading
     layer axis.
 
+    Args:
+        params: the tree.
+        like: a tree of the scanned model, whose layers are unequal: the layers are stacked as its
+            are; None if all layers are equal.
+
     Raises:
-        ValueError: The layers have different leaves.
+        ValueError: Layers that would be stacked have different leaves.
     """
     out: Tree = {}
     for key, node in params.items():
         if not isinstance(node, Mapping):
             out[key] = node
         elif key in paths.LAYER_CONTAINERS and node and all(child.isdigit() for child in node):
-            out[key] = _stack([node[str(i)] for i in range(len(node))], key)
+            wanted = (like or {}).get(key) or {}
+            names = [name for name in wanted if paths.named_layers(name) is not None]
+            out[key] = {name: _stack(node, name, key) for name in names} or _stack(
+                node, paths.ALL_LAYERS, key
+            )
         else:
-            out[key] = stack_layers(node)
+            out[key] = stack_layers(node, (like or {}).get(key))
     return out
 
 
-def _stack(layers: list[Mapping[str, Any]], name: str) -> Tree:
+def _stack(node: Mapping[str, Any], name: str, container: str) -> Tree:
+    """Return the leaves of the layers with a name, stacked if there are several."""
+    numbers = paths.named_layers(name) or range(len(node))
+    layers = [node[str(i)] for i in numbers]
+    if name.isdigit():
+        return stack_layers(layers[0])
     shapes = [{path: leaf.shape for path, leaf in paths.walk(layer)} for layer in layers]
-    for i, other in enumerate(shapes):
+    for i, other in zip(numbers, shapes, strict=True):
         odd = {
             path
             for path in shapes[0].keys() | other.keys()
@@ -131,8 +145,9 @@ def _stack(layers: list[Mapping[str, Any]], name: str) -> Tree:
         }
         if odd:
             raise ValueError(
-                f"{name}/0 and {name}/{i} differ at {paths.text(sorted(odd)[0])}: "
-                "layers with different leaves cannot be stacked; keep scan_layers=False"
+                f"{container}/{numbers[0]} and {container}/{i} differ at"
+                f" {paths.text(sorted(odd)[0])}: layers with different leaves cannot be stacked;"
+                " give a tree of the scanned model as `like`, or keep scan_layers=False"
             )
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
@@ -143,7 +158,7 @@ def unstack_layers(params: Mapping[str, Any]) -> Tree:
     for key, node in params.items():
         if not isinstance(node, Mapping):
             out[key] = node
-        elif key in paths.LAYER_CONTAINERS and node and not any(child.isdigit() for child in node):
+        elif key in paths.LAYER_CONTAINERS and node:
             out[key] = _unstack(node)
         else:
             out[key] = unstack_layers(node)
@@ -151,5 +166,21 @@ def unstack_layers(params: Mapping[str, Any]) -> Tree:
 
 
 def _unstack(node: Mapping[str, Any]) -> Tree:
-    length = next(leaf.shape[0] for _, leaf in paths.walk(node))
-    return {str(i): jax.tree.map(lambda leaf, i=i: leaf[i], dict(node)) for i in range(length)}
+    """Return the layers of a container by their numbers, in their order."""
+    found: dict[int, Any] = {}
+    for name in node:
+        layers = paths.named_layers(name)
+        if layers is None:  # all layers are stacked
+            found = _layers_of(node, range(next(leaf.shape[0] for _, leaf in paths.walk(node))))
+            break
+        one = name.isdigit()
+        found |= {layers[0]: unstack_layers(node[name])} if one else _layers_of(node[name], layers)
+    return {str(number): found[number] for number in sorted(found)}
+
+
+def _layers_of(stack: Mapping[str, Any], layers: range) -> dict[int, Tree]:
+    """Return the leaves of each layer of a stack by its number."""
+    return {
+        number: jax.tree.map(lambda leaf, i=i: leaf[i], dict(stack))
+        for i, number in enumerate(layers)
+    }

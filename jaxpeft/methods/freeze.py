@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from jaxpeft.core import paths
 from jaxpeft.core.method import Leaves, Method
@@ -64,5 +64,7 @@ class Freeze(Method):
 
 
 def _count(params: Leaves, path: Path, at: int) -> int:
-    node: Any = paths.get(params, path[: at + 1])
-    return len(node) if path[at + 1].isdigit() else paths.get(params, path).shape[0]
+    """Return the number of layers of the stack of a leaf."""
+    named = [paths.named_layers(name) for name in paths.get(params, path[: at + 1])]
+    numbers = [layers[-1] for layers in named if layers]
+    return 1 + max(numbers) if numbers else paths.get(params, path).shape[0]

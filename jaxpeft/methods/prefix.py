@@ -199,16 +199,17 @@ def keys_and_values(run: Any, ids: Any, layers: int) -> jax.Array:
         ConfigError: Layers have keys of different sizes, or none.
     """
     from jaxpeft.models.base import PAST
-    from jaxpeft.models.kv_cache import KEYS, VALUES, read_layers
+    from jaxpeft.models.kv_cache import KEYS, VALUES, in_order, read_layers
 
     _, kept = jax.jit(lambda base, ids: run.apply(base, ids, mutable=[PAST]))(run.base, ids[None])
     found = read_layers(kept[PAST])
-    if isinstance(found, list):
-        if len({leaf.shape for own in found for leaf in own.values()}) > 1 or len(found) < layers:
-            raise ConfigError(
-                "init_tokens: layers have keys of different sizes, or share them; leave it empty"
-            )
-        found = jax.tree.map(lambda *each: jnp.stack(each), *found)
-    past = jnp.stack([found[KEYS], found[VALUES]], axis=1)[:, :, 0]  # [layers, 2, kv_heads, n, d]
+    shapes = {leaf.shape[-4:] for own in found.values() for leaf in own.values()}
+    kinds = (KEYS, VALUES) if len(shapes) == 1 else ()
+    both = [in_order({name: own[kind] for name, own in found.items()}) for kind in kinds]
+    if not both or len(both[0]) < layers:
+        raise ConfigError(
+            "init_tokens: layers have keys of different sizes, or share them; leave it empty"
+        )
+    past = jnp.stack(both, axis=1)[:, :, 0]  # [layers, 2, kv_heads, n, d]
     past = jnp.transpose(past, (3, 0, 1, 2, 4)).astype(jnp.float32)
     return past.reshape(*past.shape[:3], -1)

@@ -34,7 +34,8 @@ class ModelOptions:
         task: `causal_lm`, `sequence_classification`, `token_classification` or `encoder`.
         num_labels: number of outputs of a classification head.
         dtype: dtype of the activations.
-        scan_layers: whether to scan one layer instead of unrolling all layers.
+        scan_layers: whether to scan one layer, or each repeating pattern of unequal layers,
+            instead of unrolling all layers.
         pooling: the sequence classifier's input: `pooler`, `cls`, `mean`, `last`, or None for the
             architecture's own.
         remat: what the backward pass recomputes: a key of `jaxpeft.remat.REMAT_POLICIES`.
@@ -46,7 +47,7 @@ class ModelOptions:
         offload: whether the layers' kernels may be in host memory, from which each layer fetches
             its own.
         gathered: pairs of a leaf's path within a layer and the sharding to which it is gathered
-            before use.
+            before use; a path may begin with the name of the layers that it belongs to.
     """
 
     task: str

@@ -23,6 +23,7 @@ from jaxpeft.models.base import Family, ModelOptions, Pretrained, option_problem
 from jaxpeft.models.deberta_config import DebertaConfig, read_config
 from jaxpeft.models.encoder_config import STYLES, TASKS
 from jaxpeft.models.encoder_layers import Intermediate, Output
+from jaxpeft.models.layer_stack import run_layers
 from jaxpeft.models.layers import (
     LayerNorm,
     dense,
@@ -31,7 +32,6 @@ from jaxpeft.models.layers import (
     mark_input,
     mark_product,
     pool,
-    run_layers,
 )
 from jaxpeft.models.masks import Mask, Virtual, make_mask, positions
 from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, constrain

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,20 +23,19 @@ from jaxpeft.models.decoder_families import DECODER_FAMILIES
 from jaxpeft.models.decoder_layers import Block, LayerInputs, Rotation, Stream
 from jaxpeft.models.kv_cache import Cache, sow_positions
 from jaxpeft.models.layer_embeddings import embed_for_layers
+from jaxpeft.models.layer_stack import run_layers, stacked_layers
 from jaxpeft.models.layers import (
     RMSNorm,
     dense,
     dropout,
     head_dense,
     pool,
-    run_layers,
     scaled,
 )
 from jaxpeft.models.masks import Mask, TextRows, Virtual, make_mask, positions, runs
 from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, VOCAB, constrain
 
 Array = jax.Array
-_log = logging.getLogger(__name__)
 TASKS = ("causal_lm", "sequence_classification", "token_classification", "encoder")
 
 
@@ -105,6 +103,7 @@ class DecoderBackbone(Pretrained):
             next(iter(masks.values())),
             places,
             _text_rows(c, virtual, attention_mask, segment_ids),
+            kinds=c.unequal_layers,
         )
         norm = RMSNorm(c.rms_norm_eps, options.dtype, c.norm_offset, name="norm")
         return norm(stream.x)[:, virtual.prompted :]
@@ -120,8 +119,7 @@ def _embedded(c: DecoderConfig, options: ModelOptions, ids: Array, words: Array)
     if c.layer_embedding is None:
         return None
     layers = c.num_hidden_layers
-    found = embed_for_layers(c.layer_embedding, layers, c.rms_norm_eps, options, ids, words)
-    return found if options.scan_layers else [*found]
+    return embed_for_layers(c.layer_embedding, layers, c.rms_norm_eps, options, ids, words)
 
 
 def _rotation(c: DecoderConfig, of: rope.Rope, size: int, where: Array) -> Rotation:
@@ -159,10 +157,11 @@ def _masks(
 
     Returns:
         A mask for each window, and None. Or one mask and the positions from which each layer
-        computes its window: in scanned layers with several windows, and with virtual positions.
+        computes its window: in equal, scanned layers with several windows, and with virtual
+        positions.
     """
     windows = sorted(set(c.windows or (0,)))
-    if windows != [0] and (virtual.count or (options.scan_layers and len(windows) > 1)):
+    if windows != [0] and (virtual.count or (_is_one_body(c, options) and len(windows) > 1)):
         mask = virtual.mask(rows, length).prepare(options.attention, length)
         return {None: mask}, virtual.places(segment_ids, length)
     masks: dict[int | None, Mask] = {}
@@ -181,6 +180,11 @@ def _text_rows(
     return TextRows(text, runs(segment_ids) if recurrent else None)
 
 
+def _is_one_body(c: DecoderConfig, options: ModelOptions) -> bool:
+    """Return whether one program computes all layers, whatever their windows and rotations."""
+    return options.scan_layers and not c.per_layer
+
+
 def _layer_inputs(
     c: DecoderConfig,
     options: ModelOptions,
@@ -189,12 +193,12 @@ def _layer_inputs(
     rotations: list[Rotation],
     masks: Mapping[int | None, Mask],
 ) -> LayerInputs:
-    """Return what the layers do not share: arrays with a layer axis, or lists if unrolled."""
+    """Return what the layers do not share, as in `run_layers`."""
     kinds, several = c.layer_kinds, len(rotations) > 1
     numbers = jnp.asarray([kind.window for kind in kinds], jnp.int32)
     window = numbers if c.windows and None in masks else None
-    own = LayerInputs(_past(c, virtual.past), cache and _cached(c, cache), window)
-    if options.scan_layers:
+    own = LayerInputs(_past(c, options, virtual.past), cache and cache.layers, window)
+    if _is_one_body(c, options):
         ropes = jnp.asarray([kind.rope for kind in kinds], jnp.int32)
         return dataclasses.replace(own, rope=ropes if several else None)
     return dataclasses.replace(
@@ -204,8 +208,8 @@ def _layer_inputs(
     )
 
 
-def _past(c: DecoderConfig, past: Array | None) -> Any:
-    """Return the keys and values of virtual positions for each layer.
+def _past(c: DecoderConfig, options: ModelOptions, past: Array | None) -> Any:
+    """Return the keys and values of virtual positions for each layer, as in `run_layers`.
 
     Layers with other heads than the widest take the first heads, and of these the first dimensions,
     as in PEFT.
@@ -213,18 +217,16 @@ def _past(c: DecoderConfig, past: Array | None) -> Any:
     if past is None or not c.per_layer:
         return past
     parts = past.reshape(*past.shape[:-1], -1, c.widest_head)
-    shapes = [(own.num_key_value_heads, own.head_dim) for own in c.per_layer]
-    return [
-        part[..., :heads, :size].reshape(*part.shape[:-2], heads * size)
-        for part, (heads, size) in zip(parts, shapes, strict=True)
-    ]
 
+    def own(layers: range) -> Array:
+        first = c.of_layer(layers[0])
+        heads, size = first.num_key_value_heads, first.head_dim
+        some = parts[layers.start : layers.stop : layers.step, ..., :heads, :size]
+        flat = some.reshape(*some.shape[:-2], heads * size)
+        return flat if len(layers) > 1 else flat[0]
 
-def _cached(c: DecoderConfig, cache: Cache) -> Any:
-    """Return what each layer has in the cache, that of another where layers share keys."""
-    if not isinstance(cache.layers, list):
-        return cache.layers
-    return [cache.layers[i] for i in c.cached_layers]
+    stacks = stacked_layers(c.num_hidden_layers, c.unequal_layers, options)
+    return {name: own(layers) for name, layers in stacks.items()}
 
 
 class DecoderWithHead(Pretrained):
@@ -285,9 +287,6 @@ def build(config: Mapping[str, Any], options: ModelOptions, where: str) -> Pretr
     problems = option_problems(options, family.model_type, TASKS, ("last", "mean", "cls"))
     kind = DecoderBackbone if options.task == "encoder" else DecoderWithHead
     parsed = read_config(family, config, problems, where)
-    if parsed.per_layer and options.scan_layers:
-        _log.info("the layers of a %s model are unequal: they are unrolled", family.model_type)
-        options = dataclasses.replace(options, scan_layers=False)
     return kind(parsed, with_pooling(options, parsed.own_pooling))
 
 

@@ -43,7 +43,7 @@ class NormNames:
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What may differ between layers of equal parameters.
+    """What may differ between layers of equal leaves.
 
     Attributes:
         window: window size of the attention, including the query itself; 0 for no limit.
@@ -207,19 +207,17 @@ class DecoderConfig:
         return ("q_proj", "k_proj") if self.keys_as_values else ("q_proj", "k_proj", "v_proj")
 
     @property
-    def cached_layers(self) -> tuple[int, ...]:
-        """The index in a KV cache of the keys to which each layer attends."""
-        sources = [self.of_layer(i).keys_of for i in range(self.num_hidden_layers)]
-        own = [i for i, source in enumerate(sources) if source is None]
-        return tuple(own.index(i if of is None else of) for i, of in enumerate(sources))
-
-    @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer."""
         count = self.num_hidden_layers
         none = (0,) * count
         pairs = zip((self.windows or none)[:count], (self.layer_ropes or none)[:count], strict=True)
         return tuple(LayerKind(*pair) for pair in pairs)
+
+    @property
+    def unequal_layers(self) -> tuple[tuple[DecoderConfig, LayerKind], ...]:
+        """What distinguishes each layer if their leaves differ; empty if they do not."""
+        return tuple(zip(self.per_layer, self.layer_kinds, strict=bool(self.per_layer)))
 
 
 Part = Any | Callable[[ConfigReader], Any]

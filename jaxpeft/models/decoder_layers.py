@@ -69,6 +69,22 @@ class Rotation:
         return q if self.growth is None else scaled(q, self.growth)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "cached"], meta_fields=[])
+@dataclass(frozen=True)
+class Kept:
+    """The keys and values of a layer, which later layers share.
+
+    Attributes:
+        keys: rotated keys `[batch, key, kv_heads, d]` of the call.
+        values: its values `[batch, key, kv_heads, d]`.
+        cached: those of earlier tokens, see `Cache`, or None.
+    """
+
+    keys: Array
+    values: Array
+    cached: Any
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["x", "kept"], meta_fields=[])
 @dataclass(frozen=True)
 class Stream:
@@ -76,12 +92,11 @@ class Stream:
 
     Attributes:
         x: `[batch, length, d]`, the residual stream.
-        kept: keys, rotated, and values `[batch, key, kv_heads, d]` that later layers share, by the
-            index of their layer, see `DecoderConfig.kept_as`.
+        kept: what later layers share, by the index of its layer, see `DecoderConfig.kept_as`.
     """
 
     x: Array
-    kept: Mapping[int, tuple[Array, Array]] = field(default_factory=dict[int, tuple[Array, Array]])
+    kept: Mapping[int, Kept] = field(default_factory=dict[int, Kept])
 
 
 @partial(
@@ -141,8 +156,9 @@ class Attention(nn.Module):
         c = self.config
         kept = stream.kept
         q, gate, k, v = self._attended(x, own.past, rotation, kept)
+        cached = own.cached if c.keys_of is None else kept[c.keys_of].cached
         if c.kept_as is not None:
-            kept = {**kept, c.kept_as: (k, v)}
+            kept = {**kept, c.kept_as: Kept(k, v, cached)}
         out = attend(
             self,
             self.options.attention,
@@ -151,7 +167,7 @@ class Attention(nn.Module):
             v,
             mask,
             c.attention_dropout,
-            own.cached and (own.cached[KEYS], own.cached[VALUES]),
+            cached and (cached[KEYS], cached[VALUES]),
             c.scoring,
         )
         if gate is not None:
@@ -165,7 +181,7 @@ class Attention(nn.Module):
         x: Array,
         past: Any,
         rotation: Rotation,
-        kept: Mapping[int, tuple[Array, Array]],
+        kept: Mapping[int, Kept],
     ) -> tuple[Array, Array | None, Array, Array]:
         """Return queries, the gates of their outputs, and the keys and values that they attend to.
 
@@ -180,8 +196,9 @@ class Attention(nn.Module):
             q, gate = jnp.split(q, 2, axis=-1)
         q, *fresh = by_heads((q, *fresh))
         q = rotation.queries(self._of_heads("q_norm", q))
-        keys = self._keys(fresh, past, rotation) if c.keys_of is None else kept[c.keys_of]
-        return (q, gate, *keys)
+        if c.keys_of is not None:
+            return q, gate, kept[c.keys_of].keys, kept[c.keys_of].values
+        return (q, gate, *self._keys(fresh, past, rotation))
 
     def _keys(
         self, projected: Sequence[Array], past: Any, rotation: Rotation

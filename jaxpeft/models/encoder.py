@@ -18,12 +18,12 @@ from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.base import Family, ModelOptions, Pretrained, option_problems, with_pooling
 from jaxpeft.models.encoder_config import STYLES, TASKS, EncoderConfig, read_config
 from jaxpeft.models.encoder_layers import BertBlock, DistilBertBlock, Embeddings, EncoderPart
+from jaxpeft.models.layer_stack import run_layers
 from jaxpeft.models.layers import (
     dense,
     dropout,
     head_dense,
     pool,
-    run_layers,
 )
 from jaxpeft.models.masks import Mask, Virtual, make_mask, positions
 

@@ -9,7 +9,6 @@ program, and every method, which sees only modules, works with both.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,14 +19,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.core import paths
-from jaxpeft.core.paths import LAYER_CONTAINERS
 from jaxpeft.models.base import PAST
 from jaxpeft.sharding.logical_axes import BATCH, HEAD_DIM, HEADS, KV_HEADS, constrain
 
 Array = jax.Array
 KEYS, VALUES, WINDOW, STATE = "keys", "values", "window", "state"
 _POSITIONS = "positions"
-_STACKED = -1
 SLOTS = 32
 """The number of slots of a cache is a multiple of it, for kernels that read blocks of slots."""
 _SLOTS = (KEYS, VALUES)
@@ -45,16 +42,15 @@ class Cache:
     """What the layers keep of earlier tokens.
 
     Attributes:
-        layers: arrays by name, with a leading layer axis if the layers are scanned, else a list
-            with those of each layer: `keys`, rotated, and `values`, `[batch, kv_heads, slots, d]`
-            with a d of their own, each row's in slots of any order; or `window`
-            `[batch, n - 1, channels]`, the inputs of a convolution over n positions, and `state`
-            `[batch, heads, dk, dv]` float32.
+        layers: arrays by the name of their layers in paths, with a leading axis for stacked layers:
+            `keys`, rotated, and `values`, `[batch, kv_heads, slots, d]` with a d of their own, each
+            row's in slots of any order; or `window` `[batch, n - 1, channels]`, the inputs of a
+            convolution over n positions, and `state` `[batch, heads, dk, dv]` float32.
         positions: `[batch, slots]` int32, the position of each slot, counted from the first virtual
             token; negative for an empty slot.
     """
 
-    layers: Any
+    layers: dict[str, dict[str, Array]]
     positions: Array
 
     @property
@@ -96,28 +92,34 @@ def read_sown(past: Mapping[str, Any]) -> Cache:
     return Cache(read_layers(past), positions)
 
 
-def read_layers(past: Mapping[str, Any]) -> Any:
+def read_layers(past: Mapping[str, Any]) -> dict[str, dict[str, Array]]:
     """Return what the layers have sown in a call, as in `Cache`.
 
     Args:
         past: the collection `PAST` of the call.
     """
-    found: dict[int, dict[str, Array]] = {}
+    found: dict[str, dict[str, Array]] = {}
     for path, (leaf,) in paths.walk(past):
-        if path[-1] in _DIMENSIONS:
+        within = paths.within_layer(path)
+        if within is not None and path[-1] in _DIMENSIONS:
             kept = jnp.swapaxes(leaf, -3, -2) if path[-1] in _SLOTS else leaf
-            found.setdefault(_layer(path), {})[path[-1]] = kept
-    return found[_STACKED] if _STACKED in found else [found[i] for i in sorted(found)]
+            found.setdefault(within[0], {})[path[-1]] = kept
+    return found
 
 
-def _layer(path: paths.Path) -> int:
-    """Return the number of the layer of a path, `_STACKED` if the layers are stacked."""
-    numbers = [
-        int(name)
-        for container, name in itertools.pairwise(path)
-        if container in LAYER_CONTAINERS and name.isdecimal()
-    ]
-    return numbers[0] if numbers else _STACKED
+def in_order(by_layers: Mapping[str, Array]) -> Array:
+    """Return the arrays of all layers, stacked in their order.
+
+    Args:
+        by_layers: arrays by the name of their layers, with a leading axis for stacked layers.
+    """
+    if paths.ALL_LAYERS in by_layers:
+        return by_layers[paths.ALL_LAYERS]
+    found: dict[int, Array] = {}
+    for name, leaf in by_layers.items():
+        layers = paths.named_layers(name) or range(0)
+        found |= zip(layers, leaf if len(layers) > 1 else [leaf], strict=True)
+    return jnp.stack([found[i] for i in sorted(found)])
 
 
 def allocate(like: Cache, slots: int) -> Cache:

@@ -1,8 +1,8 @@
-"""Building blocks of the architectures: norms, dropout, linear modules, and the stack of layers."""
+"""Building blocks of the architectures: norms, dropout, linear modules and poolings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -11,12 +11,9 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpeft.core import paths
-from jaxpeft.core.paths import Path
 from jaxpeft.kernels import few_rows
-from jaxpeft.models.base import PAST, ROUTING, ModelOptions
-from jaxpeft.remat import INPUT, PRODUCT, REMAT_POLICIES, RematPolicy
-from jaxpeft.sharding.logical_axes import mesh_of
+from jaxpeft.models.base import ModelOptions
+from jaxpeft.remat import INPUT, PRODUCT
 
 Array = jax.Array
 
@@ -178,108 +175,6 @@ def head_dense(features: int, name: str | None, *, bias: bool = True) -> nn.Dens
         name=name,
         kernel_init=nn.initializers.normal(0.02),
     )
-
-
-def run_layers(
-    block: type[nn.Module],
-    fields: Sequence[Mapping[str, Any]],
-    name: str,
-    options: ModelOptions,
-    *inputs: Any,
-) -> Array:
-    """Run a stack of layers, scanned or unrolled, in the scope of the calling module.
-
-    Args:
-        block: a module class; called with `(x, per_layer, *shared)`, it returns `(x, None)`.
-        fields: the fields of each layer's module; equal if the layers are scanned.
-        name: name of the stack in the tree, `layers` or `layer`.
-        options: options of the model, with `scan_layers` and `remat`.
-        *inputs: `x`; then a pytree with a leading layer axis, or lists with one entry per layer if
-            the layers are unrolled, or None; then inputs shared by all layers.
-
-    Returns:
-        The last layer's `x`.
-    """
-    remat_block = _remat(
-        _fetch_parameters(block, options) if options.offload or options.gathered else block, options
-    )
-    if not options.scan_layers:
-        return _Unrolled(remat_block, tuple(map(dict, fields)), name=name)(*inputs)
-    axes: Any = (0, *(nn.broadcast for _ in inputs[2:]))
-    scanned = nn.scan(
-        remat_block,
-        variable_axes={"params": 0, PAST: 0, ROUTING: 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=axes,
-        length=len(fields),
-    )
-    return scanned(**fields[0], name=name)(*inputs)[0]
-
-
-def _remat(block: type[nn.Module], options: ModelOptions) -> Any:
-    """Wrap a block so that the backward pass recomputes what the policy does not save."""
-    if options.remat == "none":
-        return block
-    return nn.remat(
-        block, policy=_saveable(REMAT_POLICIES[options.remat]), prevent_cse=not options.scan_layers
-    )
-
-
-def _fetch_parameters(block: type[nn.Module], options: ModelOptions) -> Any:
-    """Wrap a block so that it first moves its parameters to the device or gathers them.
-
-    This happens inside of remat, so that the backward pass moves them again instead of saving them.
-    """
-    gathered = dict(options.gathered)
-
-    def fetch(path: Path, leaf: Any) -> Any:
-        if options.offload:
-            leaf = jax.device_put(leaf, jax.memory.Space.Device)
-        if path in gathered and mesh_of() is not None:
-            leaf = jax.lax.with_sharding_constraint(leaf, gathered[path])
-        return leaf
-
-    def fetch_all(variables: Any) -> Any:
-        return {kind: paths.map_with_path(fetch, leaves) for kind, leaves in variables.items()}
-
-    return nn.map_variables(block, "params", trans_in_fn=fetch_all, init=True, mutable=True)
-
-
-def _saveable(policy: RematPolicy) -> Any:
-    """Return the `jax.checkpoint` policy; None if nothing is saved."""
-    if policy.offloaded:
-        return jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[*policy.kept],
-            names_which_can_be_offloaded=[*policy.offloaded],
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-    return _saves(*policy.kept) if policy.kept else None
-
-
-def _saves(*names: str) -> Callable[..., bool]:
-    """Return a policy that saves these names, and the residuals of flash attention."""
-    by_name = jax.checkpoint_policies.save_only_these_names(*names)
-    # its softmax statistics have no name: without them attention would be recomputed
-    return lambda primitive, *args, **how: (
-        primitive.name.startswith("dot_product_attention_fwd") or by_name(primitive, *args, **how)
-    )
-
-
-class _Unrolled(nn.Module):
-    """The unrolled layers, named by their numbers."""
-
-    block: Any
-    fields: tuple[Mapping[str, Any], ...]
-
-    @nn.compact
-    def __call__(self, x: Array, per_layer: Any, *shared: Any) -> Array:
-        for i, fields in enumerate(self.fields):
-            own = jax.tree.map(
-                lambda leaf, i=i: leaf[i], per_layer, is_leaf=lambda each: isinstance(each, list)
-            )
-            x, _ = self.block(**fields, name=str(i))(x, own, *shared)
-        return x
 
 
 def pool(x: Array, attention_mask: Array | None, how: str | None) -> Array:

@@ -12,8 +12,6 @@ section 2.1 (arXiv:2412.13663).
 
 from __future__ import annotations
 
-import dataclasses
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +24,7 @@ from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.attention import attend, by_heads
 from jaxpeft.models.base import Family, ModelOptions, Pretrained, option_problems, with_pooling
 from jaxpeft.models.encoder_config import TASKS
+from jaxpeft.models.layer_stack import run_layers
 from jaxpeft.models.layers import (
     LayerNorm,
     dense,
@@ -35,14 +34,12 @@ from jaxpeft.models.layers import (
     mark_product,
     pool,
     residual_dense,
-    run_layers,
 )
 from jaxpeft.models.masks import Mask, Virtual, make_mask, positions
 from jaxpeft.models.modernbert_config import POOLINGS, SLIDING, ModernBertConfig, read_config
 from jaxpeft.sharding.logical_axes import BATCH, HIDDEN, LENGTH, MLP, constrain
 
 Array = jax.Array
-_log = logging.getLogger(__name__)
 
 
 class _Part(nn.Module):
@@ -93,21 +90,24 @@ class _FeedForward(_Part):
 
 
 class ModernBertBlock(_Part):
-    """One layer."""
+    """One layer.
+
+    Attributes:
+        normed: whether attention has a norm before it.
+    """
+
+    normed: bool = True
 
     @nn.compact
-    def __call__(
-        self, x: Array, per_layer: tuple[Array | None, Mask, Array, Array]
-    ) -> tuple[Array, None]:
+    def __call__(self, x: Array, per_layer: tuple[Mask, Array, Array]) -> tuple[Array, None]:
         """Run the layer.
 
         Args:
             x: `[batch, length, d]`.
-            per_layer: anything but None if attention has a norm before it (a flag in the structure
-                of the input, which stays static under remat); the mask; cosines and sines.
+            per_layer: the mask; cosines and sines.
         """
-        (normed, mask, cos, sin), x = per_layer, mark_input(x)
-        h = x if normed is None else self.norm("attn_norm", x)
+        (mask, cos, sin), x = per_layer, mark_input(x)
+        h = self.norm("attn_norm", x) if self.normed else x
         x = _Attention(self.config, self.options, name="attn")(h, x, mask, cos, sin)
         h = self.norm("mlp_norm", x)
         return _FeedForward(self.config, self.options, name="mlp")(h, x), None
@@ -154,12 +154,10 @@ class ModernBertBackbone(Pretrained):
         near = jnp.abs(index[:, None] - index[None, :]) <= c.reach
         local = mask.restrict(near[None, None]).prepare("xla", x.shape[1])
         mask = mask.prepare(options.attention, x.shape[1])
-        per_layer = [
-            (jnp.ones(()) if i else None, local if name == SLIDING else mask, *tables[name])
-            for i, name in enumerate(c.layer_types)
-        ]
-        fields = [{"config": c, "options": options}] * c.num_hidden_layers
-        x = run_layers(ModernBertBlock, fields, "layers", options, x, per_layer)
+        per_layer = [(local if name == SLIDING else mask, *tables[name]) for name in c.layer_types]
+        kinds = [(i > 0, name) for i, name in enumerate(c.layer_types)]
+        fields = [{"config": c, "options": options, "normed": normed} for normed, _ in kinds]
+        x = run_layers(ModernBertBlock, fields, "layers", options, x, per_layer, kinds=kinds)
         x = LayerNorm(c.norm_eps, options.dtype, c.norm_bias, name="final_norm")(x)
         return x if self.with_prompt else x[:, virtual.prompted :]
 
@@ -213,9 +211,6 @@ def build(config: Mapping[str, Any], options: ModelOptions, where: str) -> Pretr
     """
     problems = option_problems(options, config["model_type"], TASKS, POOLINGS)
     parsed = read_config(config, problems, where)
-    if options.scan_layers:
-        _log.info("the layers of a %s model are unequal: they are unrolled", parsed.kind)
-        options = dataclasses.replace(options, scan_layers=False)
     return (ModernBertBackbone if options.task == "encoder" else ModernBertWithHead)(
         parsed, with_pooling(options, parsed.own_pooling)
     )

@@ -61,14 +61,11 @@ def _decoded_bytes(subject: Subject, mesh: Mesh) -> int:
     """Return the bytes of the largest dequantized kernel of a quantized base."""
     if subject.model.options.quant is None:
         return 0
-    size, layers = (
-        jnp.dtype(subject.model.options.dtype).itemsize,
-        subject.model.config.num_hidden_layers,
-    )
+    size = jnp.dtype(subject.model.options.dtype).itemsize
     # the experts of a layer are decoded together
     inner = [
-        kernels.parameters(path[-1], leaf.shape) // (1 if path[at + 1].isdigit() else layers)
+        kernels.parameters(path[-1], leaf.shape) // paths.layer_count(path, leaf)
         for path, leaf in paths.walk(subject.base)
-        if (at := paths.layers_at(path)) is not None
+        if paths.layers_at(path) is not None
     ]
     return size * max(inner, default=0) // mesh.shape[TENSOR]

@@ -65,7 +65,7 @@ def shardings(
 
 def log_dropped(found: Layout, most: int = 4) -> None:
     """Log the unused axes, one line for all equal layers."""
-    alike = list(dict.fromkeys(re.sub(r"/\d+/", "/*/", why) for why in found.dropped))
+    alike = list(dict.fromkeys(re.sub(r"/\d+(:\d+:\d+)?/", "/*/", why) for why in found.dropped))
     more = [f"and {len(alike) - most} more"] if len(alike) > most else []
     if alike:
         _log.warning(
@@ -116,25 +116,31 @@ def gathered_codes(found: Layout) -> tuple[tuple[Path, PartitionSpec], ...]:
     """List the quantized leaves of layers sharded along `fsdp`: paths within a layer, and specs
     without `fsdp`.
 
+    If these differ between layers, the paths begin with the name of the layers.
+
     Args:
         found: layout of a base's leaves, as stored.
     """
-    gathered: dict[Path, PartitionSpec] = {}
-    differ: set[Path] = set()
+    specs: dict[Path, dict[str, PartitionSpec | None]] = {}
     for path, where in paths.walk(found.shardings):
-        at = paths.layers_at(path)
-        if at is None or path[-1] not in _STORED or FSDP not in jax.tree.leaves(tuple(where.spec)):
+        within = paths.within_layer(path)
+        if within is None or path[-1] not in _STORED:
             continue
-        stacked = not path[at + 1].isdigit()
-        others = [
-            tuple(axis for axis in _axes(entry) if axis != FSDP)
-            for entry in tuple(where.spec)[stacked:]
-        ]
-        within, spec = path[at + 1 + (not stacked) :], _spec(others)
-        # user-defined rules that differ by layer: leave these to the partitioner
-        if gathered.setdefault(within, spec) != spec:
-            differ.add(within)
-    return tuple((path, spec) for path, spec in gathered.items() if path not in differ)
+        layers, rest = within
+        entries = tuple(where.spec)[not layers.isdigit() :]
+        gathers = FSDP in jax.tree.leaves(entries)
+        others = [tuple(axis for axis in _axes(entry) if axis != FSDP) for entry in entries]
+        specs.setdefault(rest, {})[layers] = _spec(others) if gathers else None
+    return tuple(
+        (path, spec)
+        for rest, by_layers in specs.items()
+        for path, spec in (
+            {rest: next(iter(by_layers.values()))}
+            if len(set(by_layers.values())) == 1
+            else {(layers, *rest): spec for layers, spec in by_layers.items()}
+        ).items()
+        if spec is not None
+    )
 
 
 def _axes(entry: Any) -> tuple[str, ...]:

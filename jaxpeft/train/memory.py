@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxpeft.core import paths
 from jaxpeft.forward import run
 from jaxpeft.hub.loading import Outline
-from jaxpeft.models.base import Pretrained, abstract_params
+from jaxpeft.models.base import abstract_params
 from jaxpeft.models.chunked_attention import block_of
 from jaxpeft.remat import ATTENTION, REMAT_POLICIES, fastest
 from jaxpeft.sharding.layout import HOST, Layout, layout
@@ -77,22 +77,15 @@ def estimate(
         where: layout of the leaves, from `layout_of`; None if every device has all leaves.
     """
     model, options = outline.model, outline.model.options
-    size, hidden, tensor = (
-        jnp.dtype(options.dtype).itemsize,
-        model.config.hidden_size,
-        _along(where, TENSOR),
-    )
-    kinds = Counter(getattr(model.config, "per_layer", ()) or (model.config,))
-    marked, largest = Counter[str](), 0
-    stream = rows * length * hidden * size
-    for kind, count in kinds.items():
-        own = Counter[str]()
-        for name, aval in _activations(model, kind, rows, length):
-            own[name] += _share(name, aval, hidden, tensor)
-            marked[name] += _share(name, aval, hidden, tensor) * count
-        largest = max(largest, REMAT_POLICIES["products"].nbytes(1, stream, own))
-    mean = {name: total // kinds.total() for name, total in marked.items()}
-    layers = model.config.num_hidden_layers
+    size, tensor = jnp.dtype(options.dtype).itemsize, _along(where, TENSOR)
+    layers, stream = model.config.num_hidden_layers, rows * length * model.config.hidden_size * size
+    alike = Counter(getattr(model.config, "per_layer", ())) or Counter({model.config: layers})
+    total, one_layer = Counter[str](), 0
+    for config, count in alike.items():
+        marked = _marked(model.clone(config=config), rows, length, tensor)
+        one_layer = max(one_layer, REMAT_POLICIES["products"].nbytes(1, stream, marked))
+        total += Counter({name: count * nbytes for name, nbytes in marked.items()})
+    mean = {name: nbytes // layers for name, nbytes in total.items()}
     vocab = model.config.vocab_size // tensor if options.task == "causal_lm" else 0
     base, gathered = _base(outline, where)
     parts = _along(where, SEQUENCE)
@@ -104,29 +97,36 @@ def estimate(
         kept={name: policy.nbytes(layers, stream, mean) for name, policy in REMAT_POLICIES.items()},
         working=scores
         + gathered
-        + 2 * largest
+        + 2 * one_layer
         + 2 * size * min(MOST_LOGITS, rows * length * vocab),
     )
 
 
-def _activations(model: Pretrained, kind: Any, rows: int, length: int) -> Iterator[tuple[str, Any]]:
-    """Yield `(name, abstract value)` of the named activations of one layer.
+def _marked(model: Any, rows: int, length: int, tensor: int) -> Counter[str]:
+    """Return the bytes per device of the values of a layer, by checkpoint name.
 
     Args:
-        model: the model.
-        kind: the architecture of the layer.
-        rows: see `estimate`.
-        length: see `estimate`.
+        model: a model whose layers are equal.
+        rows: number of rows that a device computes at once.
+        length: number of tokens per row and device.
+        tensor: number of shards of heads and wide activations.
     """
-    options = dataclasses.replace(model.options, scan_layers=False, remat="none", attention="xla")
-    one = model.clone(config=dataclasses.replace(kind, num_hidden_layers=1), options=options)
-    # exclude a language model's head: its loss is computed in chunks
-    extra: dict[str, Any] = {"hidden": True} if options.task == "causal_lm" else {}
+    one = model.clone(
+        config=dataclasses.replace(model.config, num_hidden_layers=1),
+        options=dataclasses.replace(
+            model.options, scan_layers=False, remat="none", attention="xla"
+        ),
+    )
     ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    # exclude a language model's head: its loss is computed in chunks
+    extra: dict[str, Any] = {"hidden": True} if model.options.task == "causal_lm" else {}
     jaxpr = jax.make_jaxpr(lambda params, ids: run(one, params, ids, **extra))(
         abstract_params(one), ids
     )
-    return _named_values(jaxpr.jaxpr)
+    found: Counter[str] = Counter()
+    for name, aval in _named_values(jaxpr.jaxpr):
+        found[name] += _share(name, aval, model.config.hidden_size, tensor)
+    return found
 
 
 def _scores(kernel: str, queries: int, keys: int) -> int:
@@ -176,8 +176,8 @@ def _base(outline: Outline, where: Layout | None) -> tuple[int, int]:
     """Return the bytes of the base per device, and of the leaves fetched or gathered at once (two
     layers and the largest table).
     """
-    layers = outline.model.config.num_hidden_layers
-    base = one_layer = table = 0
+    base = table = 0
+    layers: Counter[str] = Counter()
     for path, leaf in paths.walk(outline.leaves):
         sharding = None if where is None else paths.get(where.shardings, path)
         each = leaf.size if sharding is None else math.prod(sharding.shard_shape(leaf.shape))
@@ -186,9 +186,11 @@ def _base(outline: Outline, where: Layout | None) -> tuple[int, int]:
         base += 0 if offloaded else each * size
         if sharding is not None and (offloaded or FSDP in jax.tree.leaves(tuple(sharding.spec))):
             gathered = each * size * sharding.mesh.shape[FSDP]
-            within = paths.layers_at(path) is not None
-            one_layer, table = one_layer + within * gathered, max(table, (not within) * gathered)
-    return base, 2 * one_layer // layers + table
+            if (within := paths.within_layer(path)) is None:
+                table = max(table, gathered)
+            else:
+                layers[within[0]] += gathered // paths.layer_count(path, leaf)
+    return base, 2 * max(layers.values(), default=0) + table
 
 
 def _named_values(jaxpr: Any) -> Iterator[tuple[str, Any]]:

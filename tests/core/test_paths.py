@@ -49,6 +49,8 @@ def test_get_finds_nodes_and_leaves():
         ("model/layers/3/self_attn/q_proj/kernel", ()),
         ("model/layers/mlp/experts/up_proj/kernel", (1, 3)),
         ("model/layers/3/mlp/experts/up_proj/kernel", (4,)),
+        ("model/layers/3:9:2/self_attn/q_proj/kernel", (1,)),
+        ("model/layers/3:9:2/mlp/experts/up_proj/kernel", (1, 4)),
         ("bert/encoder/layer/output/dense/kernel", (2,)),
         ("bert/encoder/layer/11/output/dense/kernel", ()),
         ("transformer/h/attn/kernel", (1,)),
@@ -96,6 +98,21 @@ def test_the_stacked_axes_of_a_path(path, axes):
             (2,),
             ("model.layers.7.mlp.experts.0.up_proj", "model.layers.7.mlp.experts.1.up_proj"),
         ),
+        (
+            "model/layers/3:9:2/self_attn/q_proj/kernel",
+            (3,),
+            tuple(f"model.layers.{i}.self_attn.q_proj.weight" for i in (3, 5, 7)),
+        ),
+        (
+            "model/layers/0:4:2/mlp/experts/up_proj",
+            (2, 2),
+            (
+                "model.layers.0.mlp.experts.0.up_proj",
+                "model.layers.0.mlp.experts.1.up_proj",
+                "model.layers.2.mlp.experts.0.up_proj",
+                "model.layers.2.mlp.experts.1.up_proj",
+            ),
+        ),
         ("model/embed_tokens/embedding", (), ("model.embed_tokens.weight",)),
         ("model/embed_tokens/embedding", (2,), ("model.embed_tokens.weight",)),
         ("classifier/bias", (), ("classifier.bias",)),
@@ -103,6 +120,36 @@ def test_the_stacked_axes_of_a_path(path, axes):
 )
 def test_hf_names(path, sizes, names):
     assert paths.hf_names(tuple(path.split("/")), sizes) == names
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [("3", range(3, 4)), ("3:9:2", range(3, 9, 2)), ("0:4:1", range(4))],
+)
+def test_the_names_of_layers(name, layers):
+    assert paths.named_layers(name) == layers
+    assert paths.layers_name(layers) == name
+
+
+@pytest.mark.parametrize("name", ["self_attn", ":", "3:9", "3:9:0", "3:9:2:1", "-1", "", "\u00b2"])
+def test_what_names_no_layers(name):
+    assert paths.named_layers(name) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "within", "count"),
+    [
+        ("model/layers/3/norm/scale", ("3", "norm/scale"), 1),
+        ("model/layers/3:9:2/norm/scale", ("3:9:2", "norm/scale"), 5),
+        ("model/layers/norm/scale", (":", "norm/scale"), 5),
+        ("model/norm/scale", None, 1),
+    ],
+)
+def test_a_path_within_its_layer(path, within, count):
+    steps = tuple(path.split("/"))
+    found = paths.within_layer(steps)
+    assert (found and (found[0], paths.text(found[1]))) == within
+    assert paths.layer_count(steps, np.zeros(5)) == count
 
 
 def test_named_items_index_the_leaf():

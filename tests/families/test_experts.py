@@ -39,7 +39,10 @@ EXPERTS = {
     "glm4_moe": GATED,
     "deepseek_v3": GATED,
 }
-OUTSIDE = dict.fromkeys(("glm4_moe", "deepseek_v3"), ("shared_experts", "mlp"))
+OUTSIDE = {
+    **dict.fromkeys(("glm4_moe", "deepseek_v3"), ("shared_experts", "mlp")),
+    "qwen3_moe": ("mlp",),
+}
 """Modules that have parts with the names of those of an expert."""
 every_family = pytest.mark.parametrize("kind", EXPERTS)
 Make = Callable[..., Reference]
@@ -261,7 +264,7 @@ def test_an_adapter_that_cannot_adapt_experts_is_refused(reference: Make) -> Non
     ):
         jaxpeft.rewrite(jaxpeft.LoRA(dropout=0.1, targets=("down_proj",)), base, key)
     with pytest.raises(
-        TargetError, match=r"adapter cannot adapt experts, such as model\.layers\.0"
+        TargetError, match=r"adapter cannot adapt experts, such as model\.layers\.1"
     ):
         jaxpeft.rewrite(jaxpeft.Adapter(targets=("down_proj",)), base, key)
     with pytest.raises(
@@ -270,7 +273,7 @@ def test_an_adapter_that_cannot_adapt_experts_is_refused(reference: Make) -> Non
         jaxpeft.rewrite(jaxpeft.Adapter(placement="houlsby"), base, key)
     jaxpeft.rewrite(jaxpeft.Adapter(placement="houlsby", sublayers="attention"), base, key)
     only_attention = jaxpeft.rewrite(jaxpeft.LoRA(dropout=0.1, targets=("q_proj",)), base, key)
-    assert "lora_a" in only_attention["model"]["layers"]["self_attn"]["q_proj"]
+    assert "lora_a" in only_attention["model"]["layers"]["4"]["self_attn"]["q_proj"]
 
 
 def test_a_stack_of_adapters_of_experts_is_refused(reference: Make) -> None:
@@ -285,11 +288,11 @@ def test_a_stack_of_adapters_of_experts_is_refused(reference: Make) -> None:
 def test_all_linear_leaves_out_the_router(reference: Make) -> None:
     _, base = reference("qwen3_moe", CAUSAL).load(scan_layers=True)
     params = jaxpeft.rewrite(jaxpeft.LoRA(targets="all-linear"), base, jax.random.key(0))
-    layer = params["model"]["layers"]["mlp"]
+    layer = params["model"]["layers"]["1:4:2"]["mlp"]
     assert "lora_a" not in layer["gate"]
     assert layer["experts"]["up_proj"]["lora_a"].shape == (2, 6, 32, 8)
     params = jaxpeft.rewrite(jaxpeft.LoRA(targets=("gate",)), base, jax.random.key(0))
-    assert "lora_a" in params["model"]["layers"]["mlp"]["gate"]
+    assert "lora_a" in params["model"]["layers"]["1:4:2"]["mlp"]["gate"]
 
 
 @pytest.mark.slow
@@ -316,6 +319,7 @@ def test_a_run_learns_and_says_which_experts_it_trains(
         shutil.copy(file, folder)
     rows = write_rows(tmp_path / "rows.jsonl", "text")
     options = {"train__steps": 6, "optimizer__learning_rate": 1e-2, "log__plot": False}
+    options["model__scan_layers"] = True
     config = write_config(
         tmp_path / "mine.py", folder, rows, model__task=CAUSAL, **options, **method
     )

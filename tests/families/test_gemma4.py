@@ -15,7 +15,7 @@ import jaxpeft
 from jaxpeft.core import paths
 from jaxpeft.core.rewriting import trainable_mask
 from jaxpeft.errors import ConfigError
-from jaxpeft.models.kv_cache import read_keys
+from jaxpeft.models.kv_cache import KEYS, read_layers
 from jaxpeft.train.data_start import Start
 from tests.export.making import assert_close, ours
 from tests.hub.helpers import edited
@@ -38,7 +38,7 @@ def test_layers_that_share_keys_have_none(base: tuple[Any, Any]) -> None:
     assert {*layers["3"]["self_attn"]} == {"q_proj", "q_norm", "o_proj"}
     assert layers["4"]["mlp"]["up_proj"]["kernel"].shape == (32, 96)
     _, sown = jaxpeft.apply(model, params, make_batch("none").ids, mutable=["past"])
-    assert [k.shape[-1] for k in read_keys(sown["past"])[0]] == [8, 16, 8]
+    assert [own[KEYS].shape[-1] for own in read_layers(sown["past"]).values()] == [8, 16, 8]
 
 
 def test_keys_that_no_layer_uses_are_left_in_the_checkpoint(

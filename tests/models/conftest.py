@@ -103,7 +103,7 @@ _MODERNBERT: Mapping[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 5,  # the first alone, the others scanned in pairs
     "num_attention_heads": 4,
     "max_position_embeddings": 40,
     "global_attn_every_n_layers": 2,
@@ -133,6 +133,8 @@ _TINY: Mapping[str, Mapping[str, Any]] = {
         "num_experts": 6,
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 24,
+        "num_hidden_layers": 5,  # dense and sparse in turn: scanned in pairs, and the last alone
+        "decoder_sparse_step": 2,
     },
     "glm4_moe": {**_ROUTED, "head_dim": 16},
     "glm4_moe_lite": _LATENT,

@@ -56,7 +56,11 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("modernbert", "eps", {"norm_eps": 0.1}),
     ("modernbert", "no-window", {"global_attn_every_n_layers": 1}),
     ("modernbert", "wide-window", {"local_attention": 13}),
-    ("modernbert", "layer-types", {"layer_types": [_SLIDING, _SLIDING, "full_attention"]}),
+    (
+        "modernbert",
+        "layer-types",
+        {"layer_types": [_SLIDING, _SLIDING, "full_attention"] * 2, "num_hidden_layers": 6},
+    ),
     ("modernbert", "thetas", {"global_rope_theta": 50.0, "local_rope_theta": 7.0}),
     ("modernbert", "ropes", {"rope_parameters": _ROPES}),
     (

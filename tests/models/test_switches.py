@@ -170,6 +170,21 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"use_bidirectional_attention": True},
         "use_bidirectional_attention: True is not supported: decoders attend to earlier",
     ),
+    (
+        "qwen3_moe",
+        {"mlp_only_layers": [7]},
+        "mlp_only_layers: must be a list of layer numbers below 5, is [7]",
+    ),
+    (
+        "qwen3_moe",
+        {"mlp_only_layers": [1], "decoder_sparse_step": 4, "num_hidden_layers": 3},
+        "mlp_only_layers: [1] with decoder_sparse_step 4 leaves no layer with experts",
+    ),
+    (
+        "qwen3_moe",
+        {"decoder_sparse_step": 0},
+        "decoder_sparse_step: must be an integer of at least 1, is 0",
+    ),
     ("gemma2", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar: must be a positive number"),
     (
         "qwen3_5_text",
@@ -328,7 +343,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"layer_types": ["full_attention"]},
         (
             "layer_types: ['full_attention'] is not supported (supported: full_attention or"
-            " sliding_attention, 3 times)"
+            " sliding_attention, 5 times)"
         ),
     ),
     (
@@ -480,7 +495,7 @@ def test_the_tree_mirrors_the_names_of_hugging_face(tiny_config, kind, scan_laye
     wanted = {
         "bert": f"bert/encoder/layer/{number}attention/self/query/kernel",
         "xlm-roberta": f"roberta/encoder/layer/{number}attention/self/query/kernel",
-        "modernbert": "model/layers/1/attn_norm/scale",
+        "modernbert": f"model/layers/{'1:5:2' if scan_layers else 1}/attn_norm/scale",
         "deberta-v2": f"deberta/encoder/layer/{number}attention/self/query_proj/kernel",
         "electra": "electra/embeddings_project/kernel",
         "camembert": f"roberta/encoder/layer/{number}attention/self/query/kernel",

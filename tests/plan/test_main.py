@@ -301,6 +301,8 @@ EXPERTS = {
     "num_experts": 8,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "decoder_sparse_step": 2,  # which are scanned in pairs
 }
 LATENT = {
     "model_type": "deepseek_v3",

@@ -329,3 +329,23 @@ def test_offloaded_are_the_frozen_matrices_of_layers() -> None:
         assert layout.HOST not in {
             kind for path, kind in kinds.items() if not path.endswith("_proj/kernel")
         }
+
+
+def test_codes_are_gathered_by_the_path_within_a_layer_unless_layers_differ() -> None:
+    mesh = mesh_of(MeshConfig(strategy="fsdp"), 8)
+
+    def found(*names: str) -> dict[str, Any]:
+        specs = {"a": P(None, "fsdp"), "b": P(None, ("tensor", "fsdp")), "c": P()}
+        leaves = {}
+        for layers, spec in (name.split("=") for name in names):
+            where = specs[spec] if layers.isdigit() else P(None, *specs[spec])
+            leaves[layers] = {"q_proj": {"kernel_nf4": jax.NamedSharding(mesh, where)}}
+        tree = layout.Layout({"model": {"layers": leaves}}, ())
+        return {paths.text(path): spec for path, spec in layout.gathered_codes(tree)}
+
+    assert found("0=a", "1:9:2=a", "2:9:2=a") == {"q_proj/kernel_nf4": P()}
+    assert found("0=c", "1:9:2=c") == {}
+    assert found("0=a", "1:9:2=b", "2:9:2=c") == {
+        "0/q_proj/kernel_nf4": P(),
+        "1:9:2/q_proj/kernel_nf4": P(None, "tensor"),
+    }

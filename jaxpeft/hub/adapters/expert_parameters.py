@@ -119,11 +119,11 @@ def split(
     }
     modules = {name.split(".lora_")[0].rpartition(".")[2] for name in parts if ".lora_" in name}
     own = config.get("target_modules")
-    targets = own if isinstance(own, list) else modules
+    targets = {*map(str, own if isinstance(own, list) else modules)}
     added = {name for each in names for name in known[each.rpartition(".")[2]]}
     rest = {key: value for key, value in config.items() if key != FIELD}
     rest |= _without(config, outside(model, added))
-    return {**rest, "target_modules": sorted({*map(str, targets), *added})}, parts
+    return {**rest, "target_modules": sorted({*targets, *added})}, parts
 
 
 def outside(model: Any, names: Set[str]) -> list[str]:

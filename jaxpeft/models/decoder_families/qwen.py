@@ -5,14 +5,16 @@ arXiv:2505.09388), and Qwen3.5.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxpeft.errors import show
 from jaxpeft.models.base import MOST_HEADS, ConfigReader
 from jaxpeft.models.decoder_config import (
     ATTENTION_BIAS,
     FULL,
     LINEAR,
+    SLIDING,
     DecoderFamily,
     named_types,
     upper_sliding,
@@ -38,9 +40,34 @@ QWEN3 = DecoderFamily(
 )
 
 
+def _all_or_none(reader: ConfigReader, layers: int) -> Sequence[str]:
+    """Every layer has a window if `use_sliding_window` is on, whatever `layer_types` says."""
+    return [SLIDING if reader.flag("use_sliding_window") else FULL] * layers
+
+
+def _sparse_layers(reader: ConfigReader, layers: int) -> Sequence[Mapping[str, Any]]:
+    """Return the parts of each layer: every `decoder_sparse_step`-th has experts, except for those
+    in `mlp_only_layers`; the others are dense.
+    """
+    every, named = reader.integer("decoder_sparse_step"), reader.get("mlp_only_layers") or []
+    if not isinstance(named, list) or any(i not in range(layers) for i in named):
+        reader.problems.append(
+            f"mlp_only_layers: must be a list of layer numbers below {layers}, is {show(named)}"
+        )
+        return ()
+    dense = [i in named or (i + 1) % every > 0 for i in range(layers)]
+    if all(dense):
+        reader.problems.append(
+            f"mlp_only_layers: {show(named)} with decoder_sparse_step {every} leaves no layer with"
+            " experts; use model_type qwen3 for a dense model"
+        )
+    return [{"mixture": None} if each else {} for each in dense] if any(dense) else ()
+
+
 QWEN3_MOE = dataclasses.replace(
     QWEN3,
     model_type="qwen3_moe",
+    layer_types=_all_or_none,
     defaults={
         "sliding_window": 4096,
         "head_dim": 128,
@@ -59,7 +86,7 @@ QWEN3_MOE = dataclasses.replace(
             lambda reader: Routing(normalized=reader.flag("norm_topk_prob")),
         ),
     },
-    refused={"mlp_only_layers": "every layer must have experts"},
+    layer_parts=_sparse_layers,
 )
 
 

@@ -234,7 +234,7 @@ def test_a_mesh_computes_what_one_device_does(kind, strategy):
         switches |= CONV
     rates = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     architecture = tiny_config(kind, **switches, **dict.fromkeys(rates, 0.0))
-    case = Case(architecture, method_of(kind, "lora"), scan=kind != "modernbert")
+    case = Case(architecture, method_of(kind, "lora"), scan=True)
     one = computed(case, MeshConfig(), 1)
     assert difference(one, computed(case, options_of(strategy, 8), 8)) < 1e-5
 
