@@ -8,6 +8,7 @@ own position, which are not in the cache.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -79,28 +80,7 @@ def compute(
     used = jnp.max(jnp.where(seen, jnp.arange(1, slots + 1, dtype=jnp.int32), 0), axis=1)
     block = next(size for size in (_BLOCK, SLOTS) if slots % size == 0)
 
-    def program(*refs: Any) -> None:
-        q, k, v, keys, values, seen, used, out = refs
-        heads = pl.ds(0, _MOST_HEADS), slice(None)
-        real = jnp.broadcast_to(jnp.arange(_MOST_HEADS)[:, None] < shared, (_MOST_HEADS, d))
-        rows = triton.load(q.at[heads], mask=real, other=jnp.zeros((), q.dtype))
-        own = jnp.sum(rows.astype(jnp.float32) * k[...].astype(jnp.float32), axis=1)
-
-        def add(i: Any, state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-            most, total, sums = state
-            at = pl.ds(i * block, block)
-            scores = scoring.logits(_dot(rows, keys[at, :].T), d)
-            scores = jnp.where(seen[at][None], scores, _LEAST)
-            higher = jnp.maximum(most, jnp.max(scores, axis=1))
-            weights, shrink = jnp.exp(scores - higher[:, None]), jnp.exp(most - higher)
-            new = _dot(weights.astype(values.dtype), values[at, :])
-            total = total * shrink + jnp.sum(weights, axis=1)
-            return higher, total, sums * shrink[:, None] + new
-
-        first = jnp.broadcast_to(v[...].astype(jnp.float32), (_MOST_HEADS, d))
-        start = scoring.logits(own, d), jnp.ones(_MOST_HEADS, jnp.float32), first
-        _, total, sums = jax.lax.fori_loop(0, (used[0] + block - 1) // block, add, start)
-        triton.store(out.at[heads], (sums / total[:, None]).astype(out.dtype), mask=real)
+    program = partial(_attend, scoring, block, shared)
 
     def of(size: int) -> Any:
         return pl.BlockSpec((None, None, size, d), lambda row, head: (row, head, 0, 0))
@@ -128,6 +108,44 @@ def compute(
         used,
     )
     return out.reshape(batch, 1, heads, d)
+
+
+def _attend(scoring: Scoring, block: int, shared: int, *refs: Any) -> None:
+    """Attend with the query heads of one key head of a row, inside a program.
+
+    Args:
+        scoring: how scores become logits.
+        block: number of slots that are read at a time.
+        shared: number of query heads.
+        *refs: references to the queries `[shared, d]`, the key and value `[1, d]` of their
+            position, the keys and values `[slots, d]` of the cache, which slots are seen `[slots]`,
+            the number of slots up to the last of them `[1]`, and the result `[shared, d]`.
+    """
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    q, k, v, keys, values, seen, used, out = refs
+    d = q.shape[-1]
+    heads = pl.ds(0, _MOST_HEADS), slice(None)
+    real = jnp.broadcast_to(jnp.arange(_MOST_HEADS)[:, None] < shared, (_MOST_HEADS, d))
+    rows = triton.load(q.at[heads], mask=real, other=jnp.zeros((), q.dtype))
+    own = jnp.sum(rows.astype(jnp.float32) * k[...].astype(jnp.float32), axis=1)
+
+    def add(i: Any, state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        most, total, sums = state
+        at = pl.ds(i * block, block)
+        scores = scoring.logits(_dot(rows, keys[at, :].T), d)
+        scores = jnp.where(seen[at][None], scores, _LEAST)
+        higher = jnp.maximum(most, jnp.max(scores, axis=1))
+        weights, shrink = jnp.exp(scores - higher[:, None]), jnp.exp(most - higher)
+        new = _dot(weights.astype(values.dtype), values[at, :])
+        total = total * shrink + jnp.sum(weights, axis=1)
+        return higher, total, sums * shrink[:, None] + new
+
+    first = jnp.broadcast_to(v[...].astype(jnp.float32), (_MOST_HEADS, d))
+    start = scoring.logits(own, d), jnp.ones(_MOST_HEADS, jnp.float32), first
+    _, total, sums = jax.lax.fori_loop(0, (used[0] + block - 1) // block, add, start)
+    triton.store(out.at[heads], (sums / total[:, None]).astype(out.dtype), mask=real)
 
 
 def _dot(a: Any, b: Any) -> Any:
