@@ -164,6 +164,6 @@ NF4 = Quantized(
     store=store,
     forward=forward_of(decode),
     backward=backward_of(decode),
-    even=True,
+    multiple=2,
     pooled=True,
 )

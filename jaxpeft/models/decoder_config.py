@@ -81,6 +81,7 @@ class DecoderConfig:
         other_ropes: rotations of further layers.
         layer_ropes: index of each layer's rotation in `ropes`; None if all are 0.
         mixture: the experts of each layer; None if its feed-forward is dense.
+        attention_sinks: whether each head has a sink, see `Scoring`.
         per_layer: the architecture of each layer, if their leaves differ; empty if all have these
             fields.
     """
@@ -123,6 +124,7 @@ class DecoderConfig:
     other_ropes: tuple[Rope, ...] = ()
     layer_ropes: tuple[int, ...] | None = None
     mixture: Mixture | None = None
+    attention_sinks: bool = False
     per_layer: tuple[DecoderConfig, ...] = ()
 
     def of_layer(self, index: int) -> DecoderConfig:
@@ -142,7 +144,7 @@ class DecoderConfig:
     @property
     def scoring(self) -> Scoring:
         """How attention scores become logits."""
-        return Scoring(self.attention_scale, self.attention_cap)
+        return Scoring(self.attention_scale, self.attention_cap, self.attention_sinks)
 
     @property
     def ropes(self) -> tuple[Rope, ...]:
@@ -239,6 +241,7 @@ class DecoderFamily:
         layer_parts: returns the fields in which each layer differs from `parts`; None if its leaves
             are those of every layer.
         refused: switches that must be off, with the reason.
+        quantized: methods of quantization of its checkpoints that are read, besides `bitsandbytes`.
     """
 
     model_type: str
@@ -248,6 +251,7 @@ class DecoderFamily:
     parts: Mapping[str, Part] = field(default_factory=dict[str, Part])
     layer_parts: Callable[[ConfigReader, int], Sequence[Mapping[str, Any]]] | None = None
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
+    quantized: tuple[str, ...] = ()
 
 
 _DEFAULTS: Mapping[str, Any] = {
@@ -304,7 +308,7 @@ def read_config(
         ConfigError: Switches are missing or not supported; it lists all of them.
     """
     reader = ConfigReader(config, {**_DEFAULTS, **family.defaults}, problems, where)
-    reader.check_quantization()
+    reader.check_quantization(*family.quantized)
     layers = reader.integer("num_hidden_layers", most=MOST_LAYERS)
     heads, kv_heads, head_dim = _heads(reader)
     fields: dict[str, Any] = {

@@ -118,6 +118,10 @@ class Attention(nn.Module):
             q, k = self._norm("q_norm")(q), self._norm("k_norm")(k)
         q, k = rotation.rotate(q, k)
         k, v = prepend_virtual(self, own.past, mark_product(k), mark_product(v))
+        sinks = None
+        if c.attention_sinks:
+            init, shape = nn.initializers.normal(0.02), (c.num_attention_heads,)
+            sinks = self.param("sinks", init, shape, jnp.float32)
         out = attend(
             self,
             self.options.attention,
@@ -128,6 +132,7 @@ class Attention(nn.Module):
             c.attention_dropout,
             own.cached,
             c.scoring,
+            sinks=sinks,
         )
         o_proj = residual_dense(c.hidden_size, "o_proj", self.options, bias=c.output_bias)
         out = o_proj.join(finish(o_proj(out)), residual)

@@ -101,6 +101,13 @@ _TINY: Mapping[str, Mapping[str, Any]] = {
         "num_experts_per_tok": 3,
         "moe_intermediate_size": 24,
     },
+    "gpt_oss": {
+        **_DECODER,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 4,
+    },
     "ministral3": {**_DECODER, "head_dim": 16, "rope_parameters": _YARN},
     "glm4": {**_DECODER, "head_dim": 16},
     "granite": _DECODER,

@@ -50,9 +50,9 @@ class Seen(nn.Module):
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Mask]:
     seen: list[Mask] = []
 
-    def compute(q: Any, k: Any, v: Any, mask: Mask, drop: Any, scoring: Any) -> Any:
+    def compute(q: Any, k: Any, v: Any, mask: Mask, *rest: Any) -> Any:
         seen.append(mask)
-        return KERNELS["xla"].compute(q, k, v, mask, drop, scoring)
+        return KERNELS["xla"].compute(q, k, v, mask, *rest)
 
     own = KERNELS["cudnn"]
     fake = AttentionKernel(compute, own.platform, own.lacks, own.takes)

@@ -104,6 +104,26 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
             }
         },
     ),
+    ("gpt_oss", "plain", {}),
+    ("gpt_oss", "no-bias", {"attention_bias": False}),
+    ("gpt_oss", "no-window", {"sliding_window": 64, "layer_types": ["full_attention"] * 2}),
+    ("gpt_oss", "layer-types", {"layer_types": ALTERNATING, "num_hidden_layers": 3}),
+    ("gpt_oss", "clamp", {"swiglu_alpha": 1.3, "swiglu_limit": 0.3}),
+    ("gpt_oss", "rope", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    (
+        "gpt_oss",
+        "yarn-short",
+        {
+            "rope_parameters": {
+                **YARN,
+                "beta_fast": 4.0,
+                "beta_slow": 0.5,
+                "truncate": False,
+            }
+        },
+    ),
+    ("gpt_oss", "one-expert", {"num_experts_per_tok": 1, "num_local_experts": 5}),
+    ("gpt_oss", "all-experts", {"num_experts_per_tok": 4, "tie_word_embeddings": True}),
     ("mixtral", "plain", {}),
     ("mixtral", "window", {"sliding_window": 4}),
     ("mixtral", "one-expert", {"num_experts_per_tok": 1, "num_local_experts": 5}),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from jaxpeft.models.decoder_config import DecoderFamily
 from jaxpeft.models.decoder_families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxpeft.models.decoder_families.glm import GLM4
+from jaxpeft.models.decoder_families.gpt_oss import GPT_OSS
 from jaxpeft.models.decoder_families.granite import GRANITE
 from jaxpeft.models.decoder_families.llama import LLAMA
 from jaxpeft.models.decoder_families.mistral import MINISTRAL3, MISTRAL, MIXTRAL
@@ -30,6 +31,7 @@ DECODER_FAMILIES: Mapping[str, DecoderFamily] = {
         GEMMA3,
         PHI3,
         GLM4,
+        GPT_OSS,
         GRANITE,
         OLMO2,
         OLMO3,

@@ -6,11 +6,19 @@ from collections.abc import Callable
 
 from jaxpeft.models.base import ConfigReader
 from jaxpeft.models.decoder_config import Part
-from jaxpeft.models.experts import Mixture
+from jaxpeft.models.experts import Clamp, Mixture
 
 
 def read_mixture(
-    module: str, names: tuple[str, str, str], width: str, normalized: Part
+    module: str,
+    names: tuple[str, ...],
+    width: str,
+    normalized: Part,
+    *,
+    router: str = "gate",
+    bias: bool = False,
+    stacked: bool = False,
+    clamp: Callable[[ConfigReader], Clamp] | None = None,
 ) -> Callable[[ConfigReader], Mixture]:
     """Return the part `mixture` of a family, read from its `config.json`.
 
@@ -19,6 +27,10 @@ def read_mixture(
         names: see `Mixture`.
         width: field of `config.json` with the width of an expert.
         normalized: see `Mixture`.
+        router: see `Mixture`.
+        bias: see `Mixture`.
+        stacked: see `Mixture`.
+        clamp: reads its `clamp`; None for none.
     """
 
     def read(reader: ConfigReader) -> Mixture:
@@ -38,6 +50,10 @@ def read_mixture(
             reader.integer(width),
             bool(normalized(reader) if callable(normalized) else normalized),
             reader.number("router_aux_loss_coef") if reader.flag("output_router_logits") else 0.0,
+            router,
+            bias,
+            stacked,
+            clamp and clamp(reader),
         )
 
     return read
