@@ -26,7 +26,7 @@ from tests.representatives import both_stacks
 
 CAUSAL = "causal_lm"
 NEW = tuple(kind for kind in DECODER_FAMILIES if kind not in ("llama", "mistral", "qwen2", "qwen3"))
-EXPERTS = ("mixtral", "qwen3_moe")
+EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss")
 FUSED = ("qkv_proj", "gate_up_proj", "o_proj", "down_proj")
 LACKING = {
     "sequence_classification": ("granite",),

@@ -34,7 +34,9 @@ CAUSAL = "causal_lm"
 EXPERTS = {
     "mixtral": ("w1", "w2", "w3"),
     "qwen3_moe": ("gate_proj", "up_proj", "down_proj"),
+    "gpt_oss": ("gate_up_proj", "down_proj"),
 }
+ROUTERS = {"mixtral": "gate", "qwen3_moe": "gate", "gpt_oss": "router"}
 every_family = pytest.mark.parametrize("kind", EXPERTS)
 Make = Callable[..., Reference]
 
@@ -66,7 +68,7 @@ def test_peft_gives_the_logits_of_adapted_experts(
         ("gate_up_proj", "down_proj"),
         ("gate_up_proj",),
         ("down_proj",),
-        ("down_proj", "gate.weight"),
+        ("down_proj", "router"),
     ],
     ids="-".join,
 )
@@ -75,7 +77,8 @@ def test_an_adapter_of_parameters_gives_the_logits_of_peft(
     reference: Make, tmp_path: Path, kind: str, scan: bool, parameters: tuple[str, ...]
 ) -> None:
     made = reference(kind, CAUSAL)
-    names = [f"mlp.{name}" if "gate." in name else f"mlp.experts.{name}" for name in parameters]
+    router = f"mlp.{ROUTERS[kind]}.weight"
+    names = [router if name == "router" else f"mlp.experts.{name}" for name in parameters]
     torch_model = peft_save(
         made.folder, CAUSAL, tmp_path / "a", r=4, target_modules=["q_proj"], target_parameters=names
     )
@@ -104,11 +107,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @both_stacks
 @pytest.mark.parametrize("name", ADAPTING)
-@pytest.mark.representatives("lora-scanned", "vera-scanned")
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.representatives("qwen3_moe-lora-scanned", "gpt_oss-vera-scanned")
 def test_adapted_experts_compute_as_their_merged_kernels(
-    reference: Make, scan: bool, name: str
+    reference: Make, scan: bool, kind: str, name: str
 ) -> None:
-    model, base = reference("qwen3_moe", CAUSAL).load(scan_layers=scan)
+    model, base = reference(kind, CAUSAL).load(scan_layers=scan)
     method = METHODS[name](targets=r".*\.experts\..*", **OPTIONS.get(name, {}))
     fresh = jaxpeft.rewrite(method, base, jax.random.key(0))
     if method.fresh_is_base:
@@ -131,7 +135,7 @@ def test_two_adapters_of_experts_compute_as_they_are_merged(reference: Make, oth
 
 
 @every_family
-@pytest.mark.representatives("qwen3_moe")
+@pytest.mark.representatives("qwen3_moe", "gpt_oss")
 def test_gradients_of_kernels_are_those_of_torch(reference: Make, kind: str) -> None:
     import torch
 
@@ -145,19 +149,25 @@ def test_gradients_of_kernels_are_those_of_torch(reference: Make, kind: str) -> 
     for leaf in made.model.parameters():
         leaf.grad = None
     torch.mean(made.model(torch.tensor(batch.ids, dtype=torch.long)).logits ** 2).backward()
-    module = {"mixtral": "block_sparse_moe", "qwen3_moe": "mlp"}[kind]
-    gate, up, down = (EXPERTS[kind][i] for i in ((0, 2, 1) if kind == "mixtral" else (0, 1, 2)))
-    kernels = own[module]["experts"]
+    mixture = model.config.mixture
+    *inner, down = mixture.names
+    mlp = own[mixture.module]
     for i, layer in enumerate(made.model.model.layers):
-        wanted = layer.mlp.experts.gate_up_proj.grad.mT.numpy()
-        both = [np.asarray(kernels[name]["kernel"][i]) for name in (gate, up)]
-        assert_close(np.concatenate(both, axis=-1), wanted)
-        assert_close(
-            np.asarray(kernels[down]["kernel"][i]), layer.mlp.experts.down_proj.grad.mT.numpy()
-        )
-        assert_close(
-            np.asarray(own[module]["gate"]["kernel"][i]), layer.mlp.gate.weight.grad.T.numpy()
-        )
+        experts = layer.mlp.experts
+        wanted = [experts.gate_up_proj.grad.numpy(), experts.down_proj.grad.numpy()]
+        joint, last = wanted if mixture.stacked else [leaf.mT for leaf in wanted]
+        both = [np.asarray(mlp["experts"][name]["kernel"][i]) for name in inner]
+        assert_close(np.concatenate(both, axis=-1), joint)
+        assert_close(np.asarray(mlp["experts"][down]["kernel"][i]), last)
+        router = getattr(layer.mlp, ROUTERS[kind])
+        assert_close(np.asarray(mlp[ROUTERS[kind]]["kernel"][i]), router.weight.grad.T.numpy())
+        if mixture.bias:
+            given = [experts.gate_up_proj_bias.grad, experts.down_proj_bias.grad]
+            for name, bias in zip(mixture.names, given, strict=True):
+                assert_close(np.asarray(mlp["experts"][name]["bias"][i]), bias.numpy())
+            assert_close(np.asarray(mlp["router"]["bias"][i]), router.bias.grad.numpy())
+            sinks = layer.self_attn.sinks.grad.numpy()
+            assert_close(np.asarray(own["self_attn"]["sinks"][i]), sinks)
 
 
 @every_family

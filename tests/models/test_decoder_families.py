@@ -149,6 +149,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     "granite-multipliers",
     "olmo3-yarn",
     "smollm3-window",
+    "gpt_oss-plain",
 )
 def test_a_causal_language_model_with_a_switch(parity, kind, switches):
     parity(kind, "causal_lm", **switches)

@@ -19,7 +19,7 @@ from jaxpeft.core import paths
 from jaxpeft.core.method import Method
 from jaxpeft.errors import AdapterError
 from jaxpeft.hub.adapters import card as adapter_card
-from jaxpeft.hub.adapters import checks, companions, peft_config
+from jaxpeft.hub.adapters import checks, companions, expert_parameters, peft_config
 from jaxpeft.hub.adapters import extra as adapter_extra
 from jaxpeft.hub.adapters import tensors as adapter_tensors
 from jaxpeft.hub.adapters.folder_layout import EXTRA, Content, FolderLayout
@@ -122,6 +122,7 @@ def _save_one(
     config |= companions.write_options(
         main, {name: part for part in others for name in _site_names(part, params)}
     )
+    config, tensors = expert_parameters.join(config, tensors, sites, model)
     if tied:
         config["ensure_weight_tying"] = True
     layout = LAYOUTS[main.peft.layout]
