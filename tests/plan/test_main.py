@@ -297,18 +297,28 @@ def test_the_grid_compiles_for_tpus(where, strategies, tmp_path):
 
 
 EXPERTS = {
-    "model_type": "qwen3_moe",
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 128,
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "quantization_config": {"quant_method": "mxfp4"},
+    },
 }
 
 
 @needs_libtpu
 @pytest.mark.slow
-def test_experts_compile_for_tpus(tmp_path):
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_compile_for_tpus(tmp_path, kind):
     words = "--topology", "v5e:2x4", "--strategies", "fsdp_tensor,sequence", "--tries", "0"
-    found, _ = planned(tmp_path, *words, "--config.data.max_length=128", **NARROW, **EXPERTS)
+    found, _ = planned(tmp_path, *words, "--config.data.max_length=128", **NARROW, **EXPERTS[kind])
     for row in found["rows"]:
         assert row["fits"] is True, row["verdict"]
         assert row["model_flops"] > 0
