@@ -18,17 +18,17 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
 
 from jaxpeft.hub.weights.bitsandbytes import Packed
 from jaxpeft.hub.weights.leaf_sources import UprightTensor
+from jaxpeft.hub.weights.leaf_tensors import AnyTensor, Tensors
 from jaxpeft.hub.weights.safetensors_files import Tensor
 from jaxpeft.kernels import mxfp4
 
-Tensors = Mapping[str, Tensor | UprightTensor | Packed]
 _NAME = re.compile(r"(?P<experts>.*\.experts)\.(?P<module>\w+?)(?P<part>_bias|_blocks|_scales)?")
 _AXES = {None: 3, "_bias": 2, "_blocks": 4, "_scales": 3}
 """The number of axes of each part."""
@@ -69,7 +69,7 @@ class StackedTensor:
         return np.stack([p.read().T if self.transposed else p.read() for p in self.parts])
 
 
-def split(tensors: Mapping[str, Tensor | Packed], config: Any) -> dict[str, Any]:
+def split(tensors: Tensors, config: Any) -> dict[str, AnyTensor]:
     """Return the tensors with those of each expert in place of those of all experts.
 
     Args:
@@ -80,15 +80,14 @@ def split(tensors: Mapping[str, Tensor | Packed], config: Any) -> dict[str, Any]
     if mixture is None or not mixture.stacked:
         return dict(tensors)
     modules: dict[str, dict[str | None, Tensor]] = {}
-    out: dict[str, Any] = {}
+    out: dict[str, AnyTensor] = {}
     for name, tensor in tensors.items():
         found = _NAME.fullmatch(name)
-        part = found and found["part"]
-        fits = found is not None and found["module"] in mixture.names
-        if fits and isinstance(tensor, Tensor) and len(tensor.shape) == _AXES[part]:
-            modules.setdefault(f"{found['experts']}.*.{found['module']}", {})[part] = tensor
-        else:
+        if found is None or found["module"] not in mixture.names or not _fits(tensor, found):
             out[name] = tensor
+        else:
+            module = f"{found['experts']}.*.{found['module']}"
+            modules.setdefault(module, {})[found["part"]] = tensor
     return out | {
         name.replace("*", str(i)): tensor
         for module, parts in modules.items()
@@ -97,9 +96,13 @@ def split(tensors: Mapping[str, Tensor | Packed], config: Any) -> dict[str, Any]
     }
 
 
+def _fits(tensor: AnyTensor, found: re.Match[str]) -> TypeGuard[Tensor]:
+    return isinstance(tensor, Tensor) and len(tensor.shape) == _AXES[found["part"]]
+
+
 def _split_module(
     module: str, parts: Mapping[str | None, Tensor]
-) -> Iterator[tuple[str, Iterable[Tensor | UprightTensor | Packed]]]:
+) -> Iterator[tuple[str, Iterable[AnyTensor]]]:
     """Yield the names of the tensors of an expert, with those of all experts."""
     if None in parts:
         yield f"{module}.weight", (UprightTensor(each) for each in _slices(parts[None]))

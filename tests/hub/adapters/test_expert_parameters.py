@@ -14,6 +14,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxpeft
+from jaxpeft.core import paths
 from jaxpeft.errors import AdapterError
 from tests.export.making import assert_close, ours, theirs
 from tests.hub.helpers import assert_bit_equal, peft_load, peft_save, trained
@@ -103,7 +104,11 @@ def test_gradients_of_factors_are_those_of_peft(reference: Make, tmp_path: Path)
         return jnp.mean(jnp.square(jaxpeft.apply(model, params, ids)))
 
     gradients = jax.jit(jax.grad(loss))(params)
-    jaxpeft.save_adapter(tmp_path / "b", method, gradients | {}, model)
+    factors = paths.map_with_path(
+        lambda path, leaf: leaf if path[-1] in ("lora_a", "lora_b") else paths.get(params, path),
+        gradients,
+    )
+    jaxpeft.save_adapter(tmp_path / "b", method, factors, model)
     own = load_file(tmp_path / "b" / "adapter_model.safetensors")
     for name, leaf in torch_model.named_parameters():
         leaf.requires_grad_("lora_" in name)
