@@ -91,7 +91,7 @@ def split(tensors: Tensors, config: Any) -> dict[str, AnyTensor]:
     return out | {
         name.replace("*", str(i)): tensor
         for module, parts in modules.items()
-        for name, each in _split_module(module, parts)
+        for name, each in _split_module(module, parts, mixture.experts + 1)  # one too many is named
         for i, tensor in enumerate(each)
     }
 
@@ -101,35 +101,34 @@ def _fits(tensor: AnyTensor, found: re.Match[str]) -> TypeGuard[Tensor]:
 
 
 def _split_module(
-    module: str, parts: Mapping[str | None, Tensor]
+    module: str, parts: Mapping[str | None, Tensor], most: int
 ) -> Iterator[tuple[str, Iterable[AnyTensor]]]:
-    """Yield the names of the tensors of an expert, with those of all experts."""
+    """Yield the names of the tensors of an expert, with those of the first `most` experts."""
     if None in parts:
-        yield f"{module}.weight", (UprightTensor(each) for each in _slices(parts[None]))
+        yield f"{module}.weight", (UprightTensor(each) for each in _slices(parts[None], most))
     if "_bias" in parts:
-        yield f"{module}.bias", _slices(parts["_bias"])
+        yield f"{module}.bias", _slices(parts["_bias"], most)
     if parts.keys() & {"_blocks", "_scales"}:
-        yield f"{module}.weight", _packed(module.replace(".*", ""), parts)
+        yield f"{module}.weight", _packed(module.replace(".*", ""), parts, most)
 
 
-def _slices(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the items of the first axis, each a tensor in the file."""
+def _slices(tensor: Tensor, most: int) -> Iterator[Tensor]:
+    """Yield the first items of the first axis, each a tensor in the file."""
     size = tensor.nbytes // max(1, tensor.shape[0])
-    for i in range(tensor.shape[0]):
+    for i in range(min(most, tensor.shape[0])):
         yield dataclasses.replace(tensor, offset=tensor.offset + i * size, shape=tensor.shape[1:])
 
 
-def _packed(name: str, parts: Mapping[str | None, Tensor]) -> Iterator[Packed]:
+def _packed(name: str, parts: Mapping[str | None, Tensor], most: int) -> Iterator[Packed]:
     """Yield the quantized matrix of each expert."""
     blocks, scales = parts.get("_blocks"), parts.get("_scales")
     first: Any = scales if blocks is None else blocks
-    count = first.shape[0]
     problems = _problems(name, blocks, scales)
     if blocks is None or scales is None or problems:
-        for _ in range(count):
+        for _ in _slices(first, most):
             yield Packed(first.file, (), np.dtype(np.float32), {}, tuple(problems), "mxfp4")
         return
-    for codes, own in zip(_slices(blocks), _slices(scales), strict=True):
+    for codes, own in zip(_slices(blocks, most), _slices(scales, most), strict=True):
         out, n_in = own.shape[0], own.shape[1] * mxfp4.BLOCK
         leaves = (dataclasses.replace(codes, shape=(out, n_in // 2)), own)
         named = dict(zip(mxfp4.MXFP4.leaves, leaves, strict=True))

@@ -203,8 +203,12 @@ def change(end: str, how: Callable[[Any], Any]) -> Callable[[Tensors], Any]:
             change("_bias", lambda t: t[:3]),
             r"missing: model\.layers\.1\.mlp\.experts\.3\.down_proj\.bias",
         ),
+        (
+            change("_bias", lambda t: np.concatenate([t, t])),
+            r"extra: model\.layers\.1\.mlp\.experts\.4\.down_proj\.bias is not part",
+        ),
     ],
-    ids=["no scales", "no blocks", "dtype", "blocks", "bias", "experts"],
+    ids=["no scales", "no blocks", "dtype", "blocks", "bias", "few experts", "many experts"],
 )
 def test_tensors_that_do_not_fit_are_named(
     quantized: Callable[..., Path], then: Callable[[Tensors], Any], said: str
