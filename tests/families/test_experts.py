@@ -228,6 +228,28 @@ def test_a_rule_spreads_experts_over_the_expert_axis_of_a_mesh(reference: Make) 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp_tensor", "sequence"])
+def test_sinks_are_spread_with_their_heads(reference: Make, strategy: str) -> None:
+    made = reference("gpt_oss", CAUSAL)
+    ids = np.tile(make_batch("none").ids[:2], (2, 1))
+    sizes = {"sequence": 4, "data": 2} if strategy == "sequence" else {"tensor": 2, "fsdp": 4}
+    config = jaxpeft.MeshConfig(strategy=strategy, **sizes)
+    mesh = jaxpeft.create_device_mesh(config)
+    where = {"mesh": mesh, "rules": jaxpeft.sharding_rules(config)}
+    model, params = made.load(attention="chunked", **where)
+
+    def loss(params: Any, model: Any) -> Any:
+        return jnp.mean(jnp.square(jaxpeft.apply(model, params, ids)))
+
+    gradients = jaxpeft.on_mesh(mesh, lambda params: jax.grad(loss)(params, model))
+    own = jax.jit(gradients)(params)
+    alone, params = made.load()
+    wanted = jax.jit(lambda params: jax.grad(loss)(params, alone))(params)
+    for one, other in zip(jax.tree.leaves(own), jax.tree.leaves(wanted), strict=True):
+        assert_close(np.asarray(one), np.asarray(other))
+
+
+@pytest.mark.slow
 def test_quantized_experts_with_adapters_over_a_mesh(reference: Make) -> None:
     made = reference("qwen3_moe", CAUSAL, moe_intermediate_size=64, hidden_size=64)
     method = jaxpeft.LoRA(rank=4, targets="all-linear")

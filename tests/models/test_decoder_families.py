@@ -153,3 +153,16 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 )
 def test_a_causal_language_model_with_a_switch(parity, kind, switches):
     parity(kind, "causal_lm", **switches)
+
+
+def as_published(config: dict[str, Any]) -> None:
+    """Spell the rotation as the published checkpoints of gpt-oss do."""
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    config |= {"experts_per_token": config["num_experts_per_tok"], "initial_context_length": 8}
+
+
+@pytest.mark.slow
+def test_the_published_spelling_of_gpt_oss_is_read(parity: Any) -> None:
+    rope = {**YARN, "truncate": False}
+    parity("gpt_oss", "causal_lm", rewrite=as_published, rope_parameters=rope)

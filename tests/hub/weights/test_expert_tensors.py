@@ -210,6 +210,7 @@ def change(end: str, how: Callable[[Any], Any]) -> Callable[[Tensors], Any]:
     ],
     ids=["no scales", "no blocks", "dtype", "blocks", "bias", "few experts", "many experts"],
 )
+@pytest.mark.representatives("no scales", "few experts")
 def test_tensors_that_do_not_fit_are_named(
     quantized: Callable[..., Path], then: Callable[[Tensors], Any], said: str
 ) -> None:
@@ -218,6 +219,7 @@ def test_tensors_that_do_not_fit_are_named(
     assert len(set(caught.value.problems)) == len(caught.value.problems)
 
 
+@pytest.mark.slow
 def test_another_quantization_than_that_of_the_files_is_refused(
     quantized: Callable[..., Path],
 ) -> None:
@@ -227,6 +229,7 @@ def test_another_quantization_than_that_of_the_files_is_refused(
         jaxpeft.load(quantized(quant_method="fp8"), task=CAUSAL)
 
 
+@pytest.mark.slow
 def test_files_without_the_quantization_of_their_config_are_refused(
     reference: Make, tmp_path: Path
 ) -> None:
