@@ -141,6 +141,10 @@ class Attention(nn.Module):
         q, k, v = self._attended(x, own.past, rotation, kept)
         if c.kept_as is not None:
             kept = {**kept, c.kept_as: (k, v)}
+        sinks = None
+        if c.attention_sinks:
+            init, shape = nn.initializers.normal(0.02), (c.num_attention_heads,)
+            sinks = self.param("sinks", init, shape, jnp.float32)
         out = attend(
             self,
             self.options.attention,
@@ -151,6 +155,7 @@ class Attention(nn.Module):
             c.attention_dropout,
             own.cached,
             c.scoring,
+            sinks=sinks,
         )
         o_proj = residual_dense(c.hidden_size, "o_proj", self.options, bias=c.output_bias)
         out = o_proj.join(finish(o_proj(out)), stream.x)

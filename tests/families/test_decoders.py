@@ -26,7 +26,7 @@ from tests.representatives import both_stacks
 
 CAUSAL = "causal_lm"
 NEW = tuple(kind for kind in DECODER_FAMILIES if kind not in ("llama", "mistral", "qwen2", "qwen3"))
-EXPERTS = ("mixtral", "qwen3_moe", "glm4_moe")
+EXPERTS = ("mixtral", "qwen3_moe", "glm4_moe", "gpt_oss")
 LATENT = ("glm4_moe_lite", "deepseek_v3")
 FUSED = ("qkv_proj", "gate_up_proj", "o_proj", "down_proj")
 GEMMA4 = ("gemma4_text", "gemma4_unified_text")

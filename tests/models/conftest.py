@@ -137,6 +137,13 @@ _TINY: Mapping[str, Mapping[str, Any]] = {
     "glm4_moe": {**_ROUTED, "head_dim": 16},
     "glm4_moe_lite": _LATENT,
     "deepseek_v3": {**_LATENT, "n_group": 4, "topk_group": 2},
+    "gpt_oss": {
+        **_DECODER,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 4,
+    },
     "ministral3": {**_DECODER, "head_dim": 16, "rope_parameters": _YARN},
     "glm4": {**_DECODER, "head_dim": 16},
     "granite": _DECODER,

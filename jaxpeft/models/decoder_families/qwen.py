@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxpeft.models.decoder_config import ATTENTION_BIAS, DecoderFamily, upper_sliding
+from jaxpeft.models.decoder_config import ATTENTION_BIAS, DecoderFamily
 from jaxpeft.models.decoder_families.mixtures import GATED, read_mixture
+from jaxpeft.models.layer_types import upper_sliding
 from jaxpeft.models.router import Routing
 
 QWEN2 = DecoderFamily(
