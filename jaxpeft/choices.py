@@ -23,5 +23,5 @@ Attention = Literal["xla", "chunked", "cudnn", "splash"]
 ExportTarget = Literal["peft", "merged", "merged_quantized_reference", "vllm", "gguf-lora", "mlx"]
 """The keys of `jaxpeft.export.export_targets.TARGETS`."""
 
-QuantForm = Literal["nf4", "int4", "int8", "fp8"]
+QuantForm = Literal["nf4", "int4", "int8", "fp8", "mxfp4"]
 """The keys of `jaxpeft.kernels.QUANTIZED`."""

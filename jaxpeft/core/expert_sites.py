@@ -3,7 +3,7 @@ r"""Computing linear modules of experts with adapters.
 Such a module has one kernel for each expert, and its rows are sorted by expert. An adapter has one
 set of leaves for each expert. A low-rank update is computed beside the kernels,
 
-    y_i = x_i W_e + x_i A_e B_e,
+    y_i = x_i W_e + x_i A_e B_e + b_e,
 
 where `e` is the expert of row `i`. If a module has any other adapter, all of its adapters are
 folded into its kernels, one after the other.
@@ -54,20 +54,24 @@ def compute(
     stored = {name: leaves[name] for name in kernels.FORMS[form].leaves}
     factors = [_factors(method, leaves) for method in methods]
     low_rank = [own for own in factors if own is not None]
+    bias = {key: leaves[key] for key in ("bias",) if key in leaves}
     if len(low_rank) < len(methods):
         low_rank, original = [], jax.vmap(kernels.FORMS[form].read)(stored).astype(jnp.float32)
-        kernel = original
+        base = {"kernel": original, **{key: leaf.astype(jnp.float32) for key, leaf in bias.items()}}
         for method in methods:
-            kernel = _fold(method, leaves, root, kernel, original)
-        stored = {"kernel": kernel}
+            base = _fold(method, leaves, root, base, original)
+        stored = {"kernel": base.pop("kernel")}
+        bias = base
 
-    def products(x: Any, sizes: Any, stored: Leaves, low_rank: Sequence[tuple[Any, Any]]) -> Any:
+    def products(
+        x: Any, sizes: Any, stored: Leaves, bias: Leaves, low_rank: Sequence[tuple[Any, Any]]
+    ) -> Any:
         y = grouped.stored_product(x, stored, sizes)
         for a, b in low_rank:
             y = y + grouped.product(grouped.product(x, a, sizes), b, sizes)
-        return y
+        return grouped.add(y, bias["bias"], sizes) if bias else y
 
-    return over(products)(x, sizes, stored, low_rank)
+    return over(products)(x, sizes, stored, bias, low_rank)
 
 
 def _factors(method: Computation, leaves: Leaves) -> tuple[Any, Any] | None:
@@ -82,26 +86,30 @@ def _own(method: Computation, leaves: Leaves) -> dict[str, Any]:
     return {name: leaves[name] for name in method.leaves.site if name in leaves}
 
 
-def _fold(method: Any, leaves: Leaves, root: Leaves, before: Any, original_kernels: Any) -> Any:
-    """Return the kernels `[experts, in, out]`, float32, with an adapter folded in.
+def _fold(
+    method: Any, leaves: Leaves, root: Leaves, before: Leaves, original_kernels: Any
+) -> dict[str, Any]:
+    """Return the kernels `[experts, in, out]` and biases, float32, with an adapter folded in.
 
     `original_kernels` are the kernels without adapters, which some methods compute with.
     """
     on = leaves.get(method.leaves.names[-1])
     shared = {name: root[name] for name in method.leaves.root if name in root}
+    first = before["kernel"] is original_kernels
 
-    def one(own: Leaves, kernel: Any, original: Any) -> Any:
-        base = (
-            {"kernel": kernel}
-            if before is original_kernels
-            else {"kernel": kernel, "original": original}
-        )
-        folded = method.fold({**shared, **own}, base)
-        if folded.keys() - {"kernel", "original"}:
+    def one(own: Leaves, before: Leaves, original: Any) -> Any:
+        base = {**before, **({} if first else {"original": original})}
+        folded = {**base, **method.fold({**shared, **own}, base)}
+        if folded.keys() - {*before, "original"}:
             raise ConfigError(
                 f"{method.name}: the linear modules of experts have no bias; exclude them"
             )
-        return folded["kernel"]
+        return {key: folded[key] for key in before}
 
     after = jax.vmap(one)(_own(method, leaves), before, original_kernels)
-    return after if on is None else jnp.where(on[:, None, None], after, before)
+    if on is None:
+        return after
+    return {
+        key: jnp.where(on.reshape(-1, *(1,) * (leaf.ndim - 1)), leaf, before[key])
+        for key, leaf in after.items()
+    }

@@ -274,7 +274,7 @@ def matches(name: str, wanted: Targets, kind: str = "linear") -> bool:
     )
 
 
-_NOT_ALL_LINEAR = frozenset({"lm_head", "gate"})
+_NOT_ALL_LINEAR = frozenset({"lm_head", "gate", "router"})
 """Last components of the language-model head and of the routers of experts."""
 
 

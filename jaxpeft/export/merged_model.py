@@ -28,7 +28,7 @@ from jaxpeft.core.tree import FIXED, stack_leaves
 from jaxpeft.errors import ConfigError
 from jaxpeft.hub.adapters.settings import Settings
 from jaxpeft.hub.loading import Outline
-from jaxpeft.hub.weights import safetensors_writing
+from jaxpeft.hub.weights import expert_tensors, safetensors_writing
 from jaxpeft.hub.weights.safetensors_files import Tensor, open_folder
 from jaxpeft.hub.weights.safetensors_writing import Readable
 from jaxpeft.json_files import read_json
@@ -247,7 +247,7 @@ def tensors_of(model: Pretrained, params: Tree, dtype: Any) -> dict[str, Readabl
         name: _Leaf(t.read().astype(t.dtype if dtype is None else dtype), transposed=False)
         for name, t in pooler.items()
     }
-    return own | converted
+    return expert_tensors.join(own | converted, model.config)
 
 
 def _pooler(model: Pretrained) -> dict[str, Tensor]:

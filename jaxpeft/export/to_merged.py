@@ -72,7 +72,7 @@ def _export(job: Job, folder: Path) -> Report:
         "dtype": own.name,
         "relative_error": error,
         "largest_logit_difference": gap,
-        "base_rounded_to": "nf4" if outline.plan.held else quant and quant.form,
+        "base_rounded_to": outline.plan.form or (quant and quant.form),
     }
     files = _write(job, model, params, folder, _record(job) | record)
     params.clear()

@@ -53,7 +53,7 @@ def _field_defaults(value: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for field in dataclasses.fields(value):
         own = getattr(value, field.name)
-        if dataclasses.is_dataclass(own) and field.default is dataclasses.MISSING:
+        if dataclasses.is_dataclass(own) and field.default in (dataclasses.MISSING, None):
             found[field.name] = _field_defaults(own)
         elif field.default is not dataclasses.MISSING:
             found[field.name] = field.default

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft.choices import DTYPES
+from jaxpeft.core import paths
 from jaxpeft.core.paths import Tree
 from jaxpeft.errors import ConfigError, WeightsError
 from jaxpeft.hub.model_request import ModelRequest
 from jaxpeft.hub.sources import Source
-from jaxpeft.hub.weights import bitsandbytes, leaf_tensors
+from jaxpeft.hub.weights import bitsandbytes, expert_tensors, leaf_tensors
 from jaxpeft.hub.weights.safetensors_files import Meter, open_folder
 from jaxpeft.models.base import Family, Pretrained
 from jaxpeft.quant.quantize import Quant
@@ -73,7 +74,8 @@ class SafetensorsCheckpoint:
         Raises:
             WeightsError: Sizes are too large; it lists each of them.
         """
-        leaf_tensors.require_sizes(model.config, self.tensors, family, self.where)
+        tensors = expert_tensors.split(self.tensors, model.config)
+        leaf_tensors.require_sizes(model.config, tensors, family, self.where)
 
     def plan(
         self, model: Pretrained, abstract: Tree, family: Family, request: ModelRequest
@@ -83,7 +85,7 @@ class SafetensorsCheckpoint:
         Raises:
             WeightsError: Tensors do not fit; it lists all of them.
         """
-        tensors, folder = self.tensors, self.source.folder
+        tensors, folder = expert_tensors.split(self.tensors, model.config), self.source.folder
         ignored = (*family.ignored, *getattr(model.config, "ignored", ()))
         family = dataclasses.replace(family, ignored=ignored)
         if request.task == "causal_lm" and model.config.tie_word_embeddings:
@@ -107,10 +109,11 @@ class SafetensorsCheckpoint:
         if not plan.held:
             raise WeightsError(
                 f"{folder}: config.json has a quantization_config, but no tensor is quantized;"
-                " remove it, and set quant='nf4' to quantize the weights"
+                f" remove it, and set quant={_form(self.config)!r} to quantize the weights"
             )
-        found = Quant.of("nf4", abstract, plan.held.keys())
-        if asked not in (None, Quant("nf4"), found):
+        form = plan.form or "nf4"
+        found = Quant.of(form, abstract, plan.held.keys())
+        if asked not in (None, Quant(form), found):
             raise ConfigError(
                 f"quant: is {asked}, but {folder} is already quantized, as {found}; omit quant, or"
                 " use the unquantized model"
@@ -169,8 +172,23 @@ class DescribedCheckpoint:
     def quant(
         self, abstract: Tree, plan: leaf_tensors.WeightPlan, asked: Quant | None
     ) -> Quant | None:
-        """Return the requested quantization, else NF4 if `config.json` has a quantization."""
-        return asked or (Quant("nf4") if self.config.get("quantization_config") else None)
+        """Return the requested quantization, else that of `config.json`, or None.
+
+        Kernels in MXFP4 are those of experts.
+        """
+        if asked or not self.config.get("quantization_config"):
+            return asked
+        form = _form(self.config)
+        if form != "mxfp4":
+            return Quant(form)
+        experts = {p for p, _ in paths.walk(abstract) if paths.EXPERTS in p and p[-1] == "kernel"}
+        return Quant.of(form, abstract, experts)
+
+
+def _form(config: Mapping[str, Any]) -> str:
+    """Return the format that a `config.json` with a `quantization_config` names."""
+    settings: Any = config["quantization_config"]
+    return "mxfp4" if settings.get("quant_method") == "mxfp4" else "nf4"
 
 
 Checkpoint = SafetensorsCheckpoint | DescribedCheckpoint

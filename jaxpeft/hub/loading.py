@@ -76,10 +76,11 @@ def load(
         vocab_size: number of tokens of the embedding and the language-model head, if tokens were
             added to the tokenizer; the new rows are initialized to the mean of the existing ones.
             None keeps the model's.
-        quant: `nf4`, `int4`, `int8`, `fp8`, or a `jaxpeft.Quant` that selects kernels. They are
-            quantized layer by layer while they are read, so that the unquantized model is never in
-            memory. Embeddings and heads are not quantized. A checkpoint quantized to NF4 by
-            `bitsandbytes` is read as it is, with None or `nf4`.
+        quant: `nf4`, `int4`, `int8`, `fp8`, `mxfp4`, or a `jaxpeft.Quant` that selects kernels.
+            They are quantized layer by layer while they are read, so that the unquantized model is
+            never in memory. Embeddings and heads are not quantized. A checkpoint quantized to NF4
+            by `bitsandbytes`, or whose experts are in MXFP4, is read as it is, with None or the
+            name of its format.
         seed: seed of a new head.
         sharding: a `jax.sharding.Sharding` for all leaves, or a function from the path of a stored
             leaf (a quantized kernel is stored as several) to its sharding; None for the first

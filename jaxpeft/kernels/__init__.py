@@ -14,12 +14,19 @@ from jaxpeft.kernels import few_rows
 from jaxpeft.kernels.form import Form, Quantized, over_rows
 from jaxpeft.kernels.fp8 import FP8
 from jaxpeft.kernels.integers import INT4, INT8
+from jaxpeft.kernels.mxfp4 import MXFP4
 from jaxpeft.kernels.nf4 import NF4
 from jaxpeft.lazy import jax, jnp
 
 Leaves = Mapping[str, Any]
 
-QUANTIZED: Mapping[str, Quantized] = {"nf4": NF4, "int4": INT4, "int8": INT8, "fp8": FP8}
+QUANTIZED: Mapping[str, Quantized] = {
+    "nf4": NF4,
+    "int4": INT4,
+    "int8": INT8,
+    "fp8": FP8,
+    "mxfp4": MXFP4,
+}
 """Every format of a quantized kernel by its name in configs."""
 _PLAIN = (
     Form(

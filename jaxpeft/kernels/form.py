@@ -60,7 +60,7 @@ class Quantized(Form):
     Attributes:
         store: returns the leaves of a floating kernel `[in, out]`.
         grouped: whether `store` accepts `group`, the number of inputs that share a scale.
-        even: whether the number of inputs must be even.
+        multiple: what divides the number of inputs.
         pooled: whether `store` accepts `whole`, which wraps a function so that every device of a
             sharded kernel computes it on unsharded arrays; used for sums over the full kernel.
 
@@ -69,7 +69,7 @@ class Quantized(Form):
 
     store: Callable[..., dict[str, Any]]
     grouped: bool = False
-    even: bool = False
+    multiple: int = 1
     pooled: bool = False
 
     def matmul(self, x: Any, leaves: Leaves) -> Any:
@@ -149,15 +149,17 @@ def select(index: Any, values: tuple[float, ...], dtype: Any) -> Any:
     return table[0]
 
 
-def pack(codes: Any) -> Any:
+def pack(codes: Any, *, low_first: bool = False) -> Any:
     """Pack 4-bit codes `[..., n]` into uint8 `[..., n / 2]`, the first of each pair in the high
-    bits.
+    bits, or in the low bits.
     """
     pairs = codes.astype(jnp.uint8).reshape(*codes.shape[:-1], -1, 2)
-    return (pairs[..., 0] << 4) | pairs[..., 1]
+    high, low = (1, 0) if low_first else (0, 1)
+    return (pairs[..., high] << 4) | pairs[..., low]
 
 
-def unpack(data: Any) -> Any:
+def unpack(data: Any, *, low_first: bool = False) -> Any:
     """Unpack the uint8 codes of `pack`."""
-    halves = (data[..., None] >> jnp.asarray([4, 0], jnp.uint8)) & jnp.uint8(15)
+    shifts = jnp.asarray([0, 4] if low_first else [4, 0], jnp.uint8)
+    halves = (data[..., None] >> shifts) & jnp.uint8(15)
     return halves.reshape(*data.shape[:-1], -1)

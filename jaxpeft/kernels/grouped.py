@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxpeft import kernels
 from jaxpeft.kernels import grouped_gpu
-from jaxpeft.kernels.form import Quantized
+from jaxpeft.kernels.form import Quantized, over_rows
 from jaxpeft.lazy import jax, jnp
 
 Leaves = Mapping[str, Any]
@@ -40,6 +40,28 @@ def product(x: Any, kernel: Any, sizes: Any) -> Any:
     return jax.lax.platform_dependent(
         x, kernel, sizes, tpu=jax.lax.ragged_dot, default=by_blocks, **others
     )
+
+
+def add(y: Any, values: Any, sizes: Any) -> Any:
+    """Compute `y_i + b_g` for each row, in the dtype of `y`.
+
+    The gradient of the values is a product: a scatter would add in no fixed order on GPUs.
+
+    Args:
+        y: `[rows, out]`, floating, sorted by group.
+        values: `[groups, out]`; cast to the dtype of `y`.
+        sizes: see `product`.
+    """
+    rows = jnp.arange(len(y), dtype=sizes.dtype)
+    group = jnp.searchsorted(jnp.cumsum(sizes), rows, side="right")
+    group = jnp.minimum(group, len(values) - 1)
+
+    def backward(group: Any, dy: Any) -> tuple[Any, None]:
+        return over_rows(jax.nn.one_hot(group, len(values), dtype=dy.dtype), dy, dy.dtype), None
+
+    run = jax.custom_vjp(lambda values, group: values[group])
+    run.defvjp(lambda values, group: (values[group], group), backward)
+    return y + run(values.astype(y.dtype), group)
 
 
 def by_blocks(x: Any, kernel: Any, sizes: Any) -> Any:

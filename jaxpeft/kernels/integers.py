@@ -98,5 +98,5 @@ INT4 = Quantized(
     forward=forward_of(decode_int4),
     backward=backward_of(decode_int4),
     grouped=True,
-    even=True,
+    multiple=2,
 )

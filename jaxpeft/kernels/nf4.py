@@ -228,6 +228,6 @@ NF4 = Quantized(
     store=store,
     forward=forward,
     backward=backward_of(decode),
-    even=True,
+    multiple=2,
     pooled=True,
 )

@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec
 
 from jaxpeft.errors import ConfigError
 from jaxpeft.models import chunked_attention, decode_attention
-from jaxpeft.models.attention_scores import Scoring
+from jaxpeft.models.attention_scores import Scoring, softmax
 from jaxpeft.models.base import ModelOptions
 from jaxpeft.models.layers import dropout
 from jaxpeft.models.masks import Mask
@@ -68,6 +68,7 @@ def attend(
     cached: tuple[Array, Array] | None = None,
     scoring: Scoring = Scoring(),  # noqa: B008 - frozen
     bias: Array | None = None,
+    sinks: Array | None = None,
 ) -> Array:
     """Scaled dot-product attention; several query heads may share a key head (Ainslie et al. 2023).
 
@@ -77,22 +78,23 @@ def attend(
         q: `[batch, query, heads, d]`.
         k: `[batch, key, kv_heads, d]`, kv_heads divides heads.
         v: `[batch, key, kv_heads, e]`.
-        mask: the mask; a query with no visible key yields an average, not NaN.
+        mask: the mask; a query with no visible key yields an average, not NaN, or with sinks zeros.
         dropout_rate: dropout rate of the attention weights.
         cached: keys `[batch, kv_heads, slots, d]` and values `[batch, kv_heads, slots, e]` of a KV
             cache, before `k` and `v` in the mask's order; or None.
         scoring: how scores become logits.
         bias: float32 `[batch, heads, query, key]`, added to the logits by the kernel `xla`, which
             is then used; or None.
+        sinks: `[heads]`, see `attention_scores.softmax`; None if `scoring` has none.
 
     Returns:
         `[batch, query, heads * e]`.
     """
     if cached is not None:
         own = KERNELS[kernel].platform == "cuda" and mesh_of() is None
-        fast = own and decode_attention.takes(q, k, *cached)
+        fast = own and decode_attention.takes(q, k, *cached, scoring)
         run = decode_attention.compute if fast else _with_cache
-        return run(q, k, v, mask, *cached, scoring).reshape(*q.shape[:2], -1)
+        return run(q, k, v, mask, *cached, scoring, sinks).reshape(*q.shape[:2], -1)
     rate = dropout_rate if module.has_rng("dropout") else 0.0
     spread = size_of(SEQUENCE) > 1
     if spread and kernel != "xla":
@@ -103,13 +105,13 @@ def attend(
         kernel = "xla"
     drop = partial(dropout, module, dropout_rate)
     if kernel == "xla" and spread:
-        out = _xla_by_positions(q, k, v, mask, drop, scoring, bias)
+        out = _xla_by_positions(q, k, v, mask, drop, scoring, sinks, bias)
     elif bias is not None:
-        out = _xla(q, k, v, mask, drop, scoring, bias)
+        out = _xla(q, k, v, mask, drop, scoring, sinks, bias)
     elif kernel == "xla" or mesh_of() is None:
-        out = KERNELS[kernel].compute(q, k, v, mask, drop, scoring)
+        out = KERNELS[kernel].compute(q, k, v, mask, drop, scoring, sinks)
     else:
-        out = _on_each(KERNELS[kernel].compute, q, k, v, mask, drop, scoring)
+        out = _on_each(KERNELS[kernel].compute, q, k, v, mask, drop, scoring, sinks)
     return checkpoint_name(out.reshape(*q.shape[:2], -1), ATTENTION)
 
 
@@ -118,14 +120,15 @@ class AttentionKernel:
     """An implementation of attention.
 
     Attributes:
-        compute: `(q, k, v, mask, dropout of the weights, scoring) -> [batch, query, heads, e]`.
+        compute: `(q, k, v, mask, dropout of the weights, scoring, sinks) -> ` the result `[batch,
+            query, heads, e]`.
         platform: its platform; empty for all.
         lacks: `(dtype of activations, sizes, dropout rate, scoring) -> ` the reason why it does not
             support a model; empty if it does.
         takes: `(q, k, mask) -> ` whether it supports a call.
     """
 
-    compute: Callable[[Array, Array, Array, Mask, Callable[[Array], Array], Scoring], Array]
+    compute: Callable[..., Array]
     platform: str = ""
     lacks: Callable[[Any, Sizes, float, Scoring], str] = lambda dtype, sizes, rate, scoring: ""
     takes: Callable[[Array, Array, Mask], bool] = lambda q, k, mask: True
@@ -138,6 +141,7 @@ def _xla(
     mask: Mask,
     drop: Callable[[Array], Array],
     scoring: Scoring = Scoring(),  # noqa: B008 - frozen
+    sinks: Array | None = None,
     bias: Array | None = None,
 ) -> Array:
     batch, length, heads, d = q.shape
@@ -152,7 +156,7 @@ def _xla(
     scores = scores if bias is None else scores + bias
     if seen is not None:
         scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
-    weights = drop(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
+    weights = drop(softmax(scores, sinks)).astype(v.dtype)
     out = jnp.einsum("bhts,bhsd->bhtd", weights.reshape(batch, kv_heads, -1, keys), v)
     return jnp.swapaxes(out.reshape(batch, heads, length, -1), 1, 2)
 
@@ -165,6 +169,7 @@ def _with_cache(
     old_keys: Array,
     old_values: Array,
     scoring: Scoring,
+    sinks: Array | None,
 ) -> Array:
     """Attend to the keys of a KV cache and of the call, without joining them in memory."""
     batch, length, heads, d = q.shape
@@ -182,7 +187,7 @@ def _with_cache(
     seen = mask.to_array(length)
     if seen is not None:
         joined = jnp.where(seen, joined, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(joined, axis=-1).astype(v.dtype)
+    weights = softmax(joined, sinks).astype(v.dtype)
     weights = weights.reshape(batch, kv_heads, -1, weights.shape[-1])
     out = jnp.einsum("bhts,bhsd->bhtd", weights[..., :slots], old_values)
     out += jnp.einsum("bhts,bhsd->bhtd", weights[..., slots:], v)
@@ -196,6 +201,7 @@ def _xla_by_positions(
     mask: Mask,
     drop: Callable[[Array], Array],
     scoring: Scoring = Scoring(),  # noqa: B008 - frozen
+    sinks: Array | None = None,
     bias: Array | None = None,
 ) -> Array:
     """Attend with positions sharded over devices: local queries, and keys and values of all
@@ -212,7 +218,7 @@ def _xla_by_positions(
     if seen is not None:
         scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     scores = constrain(scores, BATCH, HEADS, LENGTH, None)
-    weights = drop(jax.nn.softmax(scores, axis=-1)).astype(v.dtype)
+    weights = drop(softmax(scores, sinks)).astype(v.dtype)
     weights = weights.reshape(batch, k.shape[2], -1, length, k.shape[1])
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, heads, -1)
 
@@ -225,6 +231,7 @@ def _on_each(
     mask: Mask,
     drop: Callable[[Array], Array],
     scoring: Scoring = Scoring(),  # noqa: B008 - frozen
+    sinks: Array | None = None,
 ) -> Array:
     """Attend with a kernel that XLA cannot partition: each device computes its own rows, heads and
     queries with all keys.
@@ -243,17 +250,19 @@ def _on_each(
 
     spread = size_of(SEQUENCE) > 1 and spec[1] is not None
 
-    def here(q: Array, k: Array, v: Array, mask: Mask) -> Array:
+    def here(q: Array, k: Array, v: Array, mask: Mask, sinks: Array | None) -> Array:
         if not spread:
-            return compute(q, k, v, mask, drop, scoring)
-        return compute(
-            q, k, v, mask, drop, scoring, first=jax.lax.axis_index(SEQUENCE) * q.shape[1]
-        )
+            return compute(q, k, v, mask, drop, scoring, sinks)
+        first = jax.lax.axis_index(SEQUENCE) * q.shape[1]
+        return compute(q, k, v, mask, drop, scoring, sinks, first=first)
 
     run = jax.shard_map(
-        here, in_specs=(spec, each, each, jax.tree.map(rows, mask)), out_specs=spec, check_vma=False
+        here,
+        in_specs=(spec, each, each, jax.tree.map(rows, mask), PartitionSpec(spec[2])),
+        out_specs=spec,
+        check_vma=False,
     )
-    return run(q, k, v, mask)
+    return run(q, k, v, mask, sinks)
 
 
 def _cudnn(
@@ -263,8 +272,9 @@ def _cudnn(
     mask: Mask,
     drop: Callable[[Array], Array],
     scoring: Scoring = Scoring(),  # noqa: B008 - frozen
+    sinks: Array | None = None,
 ) -> Array:
-    del drop
+    del drop, sinks
     window = (mask.window - 1, 0) if mask.window else None
     dense = mask.row_mask()
     if dense is not None:
@@ -291,7 +301,7 @@ def _cudnn_lacks(dtype: Any, sizes: Sizes, rate: float, scoring: Scoring) -> str
         return f"attention scores are bounded by {scoring.cap:g}"
     if size != of_values:
         return f"keys have {size} dimensions, values {of_values}"
-    return _no_dropout(dtype, sizes, rate, scoring)
+    return _no_sinks(scoring) or _no_dropout(dtype, sizes, rate, scoring)
 
 
 _SPLASH_BLOCK = 512
@@ -304,13 +314,14 @@ def _splash(
     mask: Mask,
     drop: Callable[[Array], Array],
     scoring: Scoring = Scoring(),  # noqa: B008 - frozen
+    sinks: Array | None = None,
     *,
     interpret: bool = False,
 ) -> Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    del drop
+    del drop, sinks
     length, heads, d = q.shape[1:]
     seen = masks.FullMask((length, length))
     if mask.causal:
@@ -349,7 +360,7 @@ def _splash_lacks(dtype: Any, sizes: Sizes, rate: float, scoring: Scoring) -> st
     odd = next((size for size in sizes if size % 64), None)
     if odd is not None:
         return f"the head size is {odd}, not a multiple of 64"
-    return _no_dropout(dtype, sizes, rate, scoring)
+    return _no_sinks(scoring) or _no_dropout(dtype, sizes, rate, scoring)
 
 
 def _splash_takes(q: Array, k: Array, mask: Mask) -> bool:
@@ -358,6 +369,10 @@ def _splash_takes(q: Array, k: Array, mask: Mask) -> bool:
 
 def _no_dropout(dtype: Any, sizes: Sizes, rate: float, scoring: Scoring) -> str:
     return f"attention dropout is {rate}" if rate else ""
+
+
+def _no_sinks(scoring: Scoring) -> str:
+    return "heads have attention sinks" if scoring.sinks else ""
 
 
 KERNELS: Mapping[str, AttentionKernel] = {

@@ -190,12 +190,18 @@ class ConfigReader:
         if self.get(key):
             self.problems.append(f"{key}: {show(self.get(key))} is not supported: {why}")
 
-    def check_quantization(self) -> None:
-        """Record a problem if the checkpoint is quantized, except to NF4 by `bitsandbytes`."""
+    def check_quantization(self, *others: str) -> None:
+        """Record a problem if the checkpoint is quantized, except to NF4 by `bitsandbytes`.
+
+        Args:
+            *others: further methods of quantization that the architecture reads.
+        """
         found: Any = self.get("quantization_config")
         if not found:
             return
         settings: Mapping[str, Any] = found if isinstance(found, Mapping) else {}
+        if settings.get("quant_method") in others:
+            return
         if (
             settings.get("quant_method", "bitsandbytes" if "load_in_4bit" in settings else None)
             != "bitsandbytes"

@@ -5,7 +5,7 @@ With the scores `s = q k^T / sqrt(d)` of one block at a time, a running maximum 
 calculation for softmax", section 3, arXiv:1805.02867). The backward pass computes the weights
 `p = exp(s - m) / l` of a block, and otherwise needs only `D = sum(dy * y)`: `ds = p * (dy v^T - D)`
 (Dao et al. 2022, "FlashAttention", appendix B.2, arXiv:2205.14135), times `1 - (s / cap)^2` for
-bounded scores. The memory is that of one
+bounded scores. The sink of a head starts the sum: `m = s`, `l = 1`. The memory is that of one
 block: Rabe and Staats 2021 (arXiv:2112.05682).
 
 The queries may be a part of the row that starts at the position `first`, while the keys are the
@@ -51,6 +51,7 @@ def compute(
     mask: Mask,
     drop: Any = None,
     scoring: Scoring = Scoring(),  # noqa: B008 - frozen
+    sinks: Array | None = None,
     *,
     first: Any = 0,
     block: int | None = None,
@@ -64,6 +65,7 @@ def compute(
         mask: a mask without a dense part.
         drop: unused, since dropout is not supported.
         scoring: how scores become logits.
+        sinks: `[heads]`, see `attention_scores.softmax`; or None.
         first: position of the first query, an int32 scalar.
         block: keys per block; None for `block_of`.
 
@@ -77,7 +79,11 @@ def compute(
     # heads before positions, grouped by key head, so that both products are plain batched matmuls
     q, k, v = (jnp.swapaxes(array, 1, 2) for array in (q, k, v))
     q = q.reshape(batch, kv_heads, heads // kv_heads * length, d)
-    out: Any = _attend(size, length, scoring, q, k, v, mask, jnp.asarray(first, jnp.int32))
+    if sinks is not None:  # one for each query
+        shared = sinks.astype(jnp.float32).reshape(1, kv_heads, -1)
+        sinks = jnp.broadcast_to(jnp.repeat(shared, length, axis=2), q.shape[:3])
+    start = jnp.asarray(first, jnp.int32)
+    out: Any = _attend(size, length, scoring, q, k, v, mask, start, sinks)
     return jnp.swapaxes(out.reshape(batch, heads, length, -1), 1, 2)
 
 
@@ -91,8 +97,9 @@ def _attend(
     v: Array,
     mask: Mask,
     first: Array,
+    sinks: Array | None,
 ) -> Array:
-    return _forward(size, length, scoring, q, k, v, mask, first)[0]
+    return _forward(size, length, scoring, q, k, v, mask, first, sinks)[0]
 
 
 def _forward(
@@ -104,6 +111,7 @@ def _forward(
     v: Array,
     mask: Mask,
     first: Array,
+    sinks: Array | None,
 ) -> tuple[Array, Any]:
     blocks = _Blocks(size, length, scoring, q, k, v, mask, first)
 
@@ -126,18 +134,20 @@ def _forward(
         return blocks.when_visible(start, add, lambda carry: carry, carry), None
 
     shape = q.shape[:-1]
-    begin = jnp.full(shape, _LOWEST), jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1]))
-    (m, total, out), _ = jax.lax.scan(step, begin, blocks.starts)
+    begin = jnp.full(shape, _LOWEST), jnp.zeros(shape)
+    begin = begin if sinks is None else (sinks, jnp.ones(shape))
+    sums = jnp.zeros((*shape, v.shape[-1]))
+    (m, total, out), _ = jax.lax.scan(step, (*begin, sums), blocks.starts)
     out = (out / total[..., None]).astype(v.dtype)
     # the name by which remat saves attention's output instead of recomputing it
     out, m, total = (checkpoint_name(array, ATTENTION) for array in (out, m, total))
-    return out, (q, k, v, mask, first, out, m, total)
+    return out, (q, k, v, mask, first, sinks, out, m, total)
 
 
 def _backward(
     size: int, length: int, scoring: Scoring, kept: Any, dy: Array
-) -> tuple[Array, Array, Array, None, None]:
-    q, k, v, mask, first, out, m, total = kept
+) -> tuple[Array, Array, Array, None, None, Array | None]:
+    q, k, v, mask, first, sinks, out, m, total = kept
     blocks = _Blocks(size, length, scoring, q, k, v, mask, first)
     scale = scoring.scale_of(q.shape[-1])
     own = jnp.einsum("bhtd,bhtd->bht", dy, out, preferred_element_type=jnp.float32)
@@ -168,7 +178,8 @@ def _backward(
         whole = jnp.moveaxis(parts, 0, 2).reshape(*k.shape[:2], -1, parts.shape[-1])
         return whole[:, :, : k.shape[2]]
 
-    return dq.astype(q.dtype), join(dk), join(dv), None, None
+    dsinks = None if sinks is None else -own * jnp.exp(sinks - m) / total
+    return dq.astype(q.dtype), join(dk), join(dv), None, None, dsinks
 
 
 _attend.defvjp(_forward, _backward)

@@ -23,7 +23,7 @@ _BLOCK, _MOST_HEADS = 64, 16
 _LEAST = float(jnp.finfo(jnp.float32).min)
 
 
-def takes(q: Array, k: Array, old_keys: Array, old_values: Array) -> bool:
+def takes(q: Array, k: Array, old_keys: Array, old_values: Array, scoring: Scoring) -> bool:
     """Return whether `compute` can compute a call.
 
     Args:
@@ -31,12 +31,14 @@ def takes(q: Array, k: Array, old_keys: Array, old_values: Array) -> bool:
         k: `[batch, key, kv_heads, d]`.
         old_keys: `[batch, kv_heads, slots, d]`.
         old_values: `[batch, kv_heads, slots, d]`.
+        scoring: how scores become logits.
     """
     kv_heads, slots, d = old_keys.shape[1:]
     return (
         q.shape[1] == k.shape[1] == 1
         and q.shape[2] // kv_heads <= _MOST_HEADS
         and d in (64, 128, 256)
+        and not scoring.sinks
         and old_values.shape == old_keys.shape
         and slots % SLOTS == 0
         and {q.dtype, old_keys.dtype, old_values.dtype} in ({jnp.dtype("bfloat16")},)
@@ -51,6 +53,7 @@ def compute(
     old_keys: Array,
     old_values: Array,
     scoring: Scoring,
+    sinks: Array | None = None,
     *,
     interpret: bool = False,
 ) -> Array:
@@ -64,6 +67,7 @@ def compute(
         old_keys: `[batch, kv_heads, slots, d]`.
         old_values: `[batch, kv_heads, slots, d]`.
         scoring: how scores become logits.
+        sinks: unused, since they are not supported.
         interpret: whether to interpret the program, on any platform.
 
     Returns:
@@ -72,6 +76,7 @@ def compute(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
+    del sinks
     (batch, _, heads, d), (kv_heads, slots) = q.shape, old_keys.shape[1:3]
     shared = heads // kv_heads
     dense = mask.to_array(1)

@@ -15,11 +15,8 @@ from jaxpeft.models.delta_net import DeltaNet
 from jaxpeft.models.experts import Mixture
 from jaxpeft.models.latent_attention import Latent
 from jaxpeft.models.layer_embeddings import LayerEmbedding
+from jaxpeft.models.layer_types import LayerTypes, no_windows, read_windows
 from jaxpeft.models.rope import Rope, RopeSwitches
-
-FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
-BY_LAYERS = (FULL, SLIDING)
-"""The kinds of layers that a config with one rotation for each names."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +93,7 @@ class DecoderConfig:
         layer_embedding: the embeddings of tokens for each layer; None if there are none.
         latent: the sizes of latent attention; None without it. `head_dim` is then that of a key.
         ignored: regular expressions of tensor names, without the prefix, that no task reads.
+        attention_sinks: whether each head has a sink, see `Scoring`.
         per_layer: the architecture of each layer, if their leaves differ; empty if all have these
             fields.
     """
@@ -148,6 +146,7 @@ class DecoderConfig:
     layer_embedding: LayerEmbedding | None = None
     latent: Latent | None = None
     ignored: tuple[str, ...] = ()
+    attention_sinks: bool = False
     per_layer: tuple[DecoderConfig, ...] = ()
 
     def of_layer(self, index: int) -> DecoderConfig:
@@ -170,7 +169,7 @@ class DecoderConfig:
         scale, sharpness = self.attention_scale, self.rope.sharpness
         if sharpness != 1:
             scale = sharpness * Scoring(scale).scale_of(self.head_dim)
-        return Scoring(scale, self.attention_cap)
+        return Scoring(scale, self.attention_cap, self.attention_sinks)
 
     @property
     def rotary_dim(self) -> int:
@@ -221,75 +220,6 @@ class DecoderConfig:
 
 
 Part = Any | Callable[[ConfigReader], Any]
-LayerTypes = Callable[[ConfigReader, int], Sequence[str]]
-
-
-def no_windows(reader: ConfigReader, layers: int) -> Sequence[str]:
-    """Every layer attends to all earlier positions, whatever `layer_types` says."""
-    del reader
-    return [FULL] * layers
-
-
-def full_every(number: int, name: str | None = None) -> LayerTypes:
-    """Every n-th layer has no window, unless `layer_types` says otherwise.
-
-    Args:
-        number: n.
-        name: field of the `config.json` that overrides n.
-    """
-
-    def types(reader: ConfigReader, layers: int) -> Sequence[str]:
-        every = number if name is None or reader.get(name) is None else reader.integer(name)
-        usual = [FULL if (i + 1) % every == 0 else SLIDING for i in range(layers)]
-        return named_types(reader, layers, usual)
-
-    return types
-
-
-def all_sliding(reader: ConfigReader, layers: int) -> Sequence[str]:
-    """Every layer has a window, unless `layer_types` says otherwise."""
-    return named_types(reader, layers, [SLIDING] * layers)
-
-
-def upper_sliding(reader: ConfigReader, layers: int) -> Sequence[str]:
-    """Layers from `max_window_layers` on have a window, if `use_sliding_window` is on."""
-    if not reader.flag("use_sliding_window"):
-        return named_types(reader, layers, [FULL] * layers, windows=False)
-    upper = reader.integer("max_window_layers", least=0)
-    return named_types(reader, layers, [FULL if i < upper else SLIDING for i in range(layers)])
-
-
-def named_types(
-    reader: ConfigReader,
-    layers: int,
-    usual: Sequence[str],
-    *,
-    windows: bool = True,
-    kinds: Sequence[str] = (FULL, SLIDING),
-) -> Sequence[str]:
-    """Return `layer_types`, or the usual ones if the field is missing.
-
-    Args:
-        reader: reader of the `config.json`.
-        layers: number of layers.
-        usual: the kinds of a config without the field.
-        windows: whether a window is set.
-        kinds: the supported kinds.
-    """
-    named = reader.get("layer_types")
-    if named is None:
-        return usual
-    if not isinstance(named, list) or len(named) != layers or any(n not in kinds for n in named):
-        reader.problems.append(
-            f"layer_types: {show(named)} is not supported (supported: {' or '.join(kinds)},"
-            f" {layers} times)"
-        )
-        return usual
-    if SLIDING in named and not (windows and reader.get("sliding_window")):
-        reader.problems.append(
-            f"layer_types: {SLIDING} needs use_sliding_window true and sliding_window a number"
-        )
-    return named
 
 
 @dataclass(frozen=True)
@@ -308,6 +238,7 @@ class DecoderFamily:
             are those of every layer.
         refused: switches that must be off, with the reason.
         ignored: regular expressions of tensor names, without the prefix, that no task reads.
+        quantized: methods of quantization of its checkpoints that are read, besides `bitsandbytes`.
     """
 
     model_type: str
@@ -319,6 +250,7 @@ class DecoderFamily:
     layer_parts: Callable[[ConfigReader, int], Sequence[Mapping[str, Any]]] | None = None
     refused: Mapping[str, str] = field(default_factory=dict[str, str])
     ignored: tuple[str, ...] = ()
+    quantized: tuple[str, ...] = ()
 
 
 _DEFAULTS: Mapping[str, Any] = {
@@ -375,7 +307,7 @@ def read_config(
         ConfigError: Switches are missing or not supported; it lists all of them.
     """
     reader = ConfigReader(config, {**_DEFAULTS, **family.defaults}, problems, where)
-    reader.check_quantization()
+    reader.check_quantization(*family.quantized)
     layers = reader.integer("num_hidden_layers", most=MOST_LAYERS)
     latent = family.latent(reader) if family.latent else None
     heads, kv_heads, head_dim = _latent_heads(reader, latent) if latent else _heads(reader)
@@ -465,12 +397,7 @@ def _layers(
 ) -> dict[str, Any]:
     """Return the windows and rotations of the layers."""
     types = family.layer_types(reader, layers)
-    window = (
-        reader.integer("sliding_window")
-        if SLIDING in types and reader.get("sliding_window") is not None
-        else 0
-    )
-    windows = tuple(window if kind == SLIDING else 0 for kind in types) if window else None
+    windows = read_windows(reader, types)
     ropes = [rope.read(reader, head_dim, switches) for switches in family.ropes]
     if len(ropes) == 1:
         return {"windows": windows, "rope": ropes[0]}

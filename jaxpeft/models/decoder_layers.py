@@ -159,6 +159,10 @@ class Attention(nn.Module):
         cached = own.cached if c.keys_of is None else kept[c.keys_of].cached
         if c.kept_as is not None:
             kept = {**kept, c.kept_as: Kept(k, v, cached)}
+        sinks = None
+        if c.attention_sinks:
+            init, shape = nn.initializers.normal(0.02), (c.num_attention_heads,)
+            sinks = self.param("sinks", init, shape, jnp.float32)
         out = attend(
             self,
             self.options.attention,
@@ -169,6 +173,7 @@ class Attention(nn.Module):
             c.attention_dropout,
             cached and (cached[KEYS], cached[VALUES]),
             c.scoring,
+            sinks=sinks,
         )
         if gate is not None:
             out = out * jax.nn.sigmoid(mark_product(gate).reshape(out.shape))

@@ -41,46 +41,84 @@ _CHOICES, _PROBABILITIES, _TOKENS = "choices", "probabilities", "tokens"
 
 
 @dataclass(frozen=True)
+class Clamp:
+    """A gated activation of bounded parts: `(u + 1) g sigmoid(a g)`.
+
+    `g` is the gate, at most `m`, and `u` the other part, between `-m` and `m`: Agarwal et al. 2025,
+    "gpt-oss-120b & gpt-oss-20b Model Card", section 2.1 (arXiv:2508.10925).
+
+    Attributes:
+        slope: a.
+        limit: m.
+    """
+
+    slope: float
+    limit: float
+
+    def gated(self, gate: Array, up: Array) -> Array:
+        """Return the product of both parts, of one shape."""
+        gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        return (up + 1) * gate * jax.nn.sigmoid(self.slope * gate)
+
+
+@dataclass(frozen=True)
 class Mixture:
     """The experts of a layer.
 
     Attributes:
         module: name of the module in a layer.
-        names: names of the modules gate, up and down of an expert.
+        names: names of the modules gate, up and down of an expert, or of a joint module for gate
+            and up, and down.
         experts: number of experts.
         chosen: number of experts of a token.
         width: width of an expert.
         routing: how the experts of a token are chosen.
         balance: weight of the load-balancing loss; 0 for none.
         shared: width of the experts that all tokens share, together; 0 for none.
+        bias: whether the experts have biases.
+        stacked: whether checkpoints hold the tensors of all experts of a layer as one.
+        clamp: how gate and up are bounded and multiplied, in place of the activation; None for the
+            activation.
+
+    The outputs of a joint module alternate: the even ones are of gate, the odd ones of up.
     """
 
     module: str
-    names: tuple[str, str, str]
+    names: tuple[str, ...]
     experts: int
     chosen: int
     width: int
     routing: Routing
     balance: float
     shared: int = 0
+    bias: bool = False
+    stacked: bool = False
+    clamp: Clamp | None = None
+
+    @property
+    def joint(self) -> bool:
+        """Whether one module computes gate and up."""
+        return len(self.names) == 2
 
 
 class ExpertDense(nn.Module):
-    """A linear module with one kernel `[in, out]` for each expert.
+    """A linear module with one kernel `[in, out]`, and maybe one bias, for each expert.
 
     Attributes:
         experts: number of experts.
         features: number of outputs.
         dtype: dtype of the products.
+        bias: whether it has biases.
     """
 
     experts: int
     features: int
     dtype: Any
+    bias: bool = False
 
     @nn.compact
     def grouped(self, x: Array, sizes: Array, over: Over) -> Array:
-        """Return `x_i W_e` for each row.
+        """Return `x_i W_e + b_e` for each row.
 
         Args:
             x: `[shards, rows, in]`, each shard sorted by expert.
@@ -90,8 +128,16 @@ class ExpertDense(nn.Module):
         init = nn.initializers.lecun_normal(batch_axis=(0,))
         shape = (self.experts, x.shape[-1], self.features)
         kernel = self.param("kernel", init, shape, jnp.float32)
-        run = over(lambda x, sizes, kernel: grouped.product(x, kernel, sizes))
-        return run(x.astype(self.dtype), sizes, kernel)
+        leaves = {"kernel": kernel}
+        if self.bias:
+            shape = (self.experts, self.features)
+            leaves["bias"] = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+
+        def products(x: Array, sizes: Array, leaves: Mapping[str, Array]) -> Array:
+            y = grouped.product(x, leaves["kernel"], sizes)
+            return grouped.add(y, leaves["bias"], sizes) if "bias" in leaves else y
+
+        return over(products)(x.astype(self.dtype), sizes, leaves)
 
 
 class _Experts(nn.Module):
@@ -104,12 +150,18 @@ class _Experts(nn.Module):
     @nn.compact
     def __call__(self, x: Array, sizes: Array, over: Over) -> Array:
         m = self.mixture
-        gate, up, down = (
-            ExpertDense(m.experts, width, self.options.dtype, name=name)
-            for width, name in zip((m.width, m.width, x.shape[-1]), m.names, strict=True)
+        widths = (2 * m.width,) if m.joint else (m.width, m.width)
+        *inner, down = (
+            ExpertDense(m.experts, width, self.options.dtype, m.bias, name=name)
+            for width, name in zip((*widths, x.shape[-1]), m.names, strict=True)
         )
-        h, gain = (mark_product(part.grouped(x, sizes, over)) for part in (gate, up))
-        return down.grouped(ACTIVATIONS[self.activation](h) * gain, sizes, over)
+        parts = [mark_product(part.grouped(x, sizes, over)) for part in inner]
+        if m.joint:
+            pairs = parts[0].reshape(*parts[0].shape[:-1], m.width, 2)
+            parts = [pairs[..., 0], pairs[..., 1]]
+        gate, up = parts
+        h = m.clamp.gated(gate, up) if m.clamp else ACTIVATIONS[self.activation](gate) * up
+        return down.grouped(h, sizes, over)
 
 
 class _SharedExperts(nn.Module):

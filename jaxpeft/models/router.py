@@ -1,12 +1,14 @@
 r"""The choice of a token's experts, and their weights.
 
-    s = softmax(x R),    or sigmoid(x R)
+    s = softmax(x R + r),    or sigmoid(x R)
     the k experts of largest s_e + b_e,    w_e = scale s_e, or scale s_e / (sum over the chosen s)
 
-The softmax is Mixtral's and Qwen's (Shazeer et al. 2017, section 2.1, arXiv:1701.06538). The rest
-is DeepSeek-V3's (DeepSeek-AI 2024, section 2.1.2, arXiv:2412.19437): the bias `b` balances the load
-without a loss, and only the choice depends on it; experts may be in groups, of which those with the
-largest sum of their two largest `s_e + b_e` take part (section 2.1.2, node-limited routing).
+The softmax is Mixtral's and Qwen's (Shazeer et al. 2017, section 2.1, arXiv:1701.06538), and with a
+bias `r` that of gpt-oss; normalized weights are also the softmax over the logits of the chosen. The
+rest is DeepSeek-V3's (DeepSeek-AI 2024, section 2.1.2, arXiv:2412.19437): the bias `b` balances the
+load without a loss, and only the choice depends on it; experts may be in groups, of which those
+with the largest sum of their two largest `s_e + b_e` take part (section 2.1.2, node-limited
+routing).
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ class Routing:
     """How the experts of a token are chosen.
 
     Attributes:
+        name: name of the module of the router.
+        bias: whether it has a bias, which is a part of the scores.
         normalized: whether the weights of a token's experts sum to `scale`.
         sigmoid: whether the scores are sigmoids, computed in float32 from the product on, instead
             of a softmax.
@@ -41,6 +45,8 @@ class Routing:
         scale: multiplies the weights.
     """
 
+    name: str = "gate"
+    bias: bool = False
     normalized: bool = False
     sigmoid: bool = False
     corrected: bool = False
@@ -91,7 +97,7 @@ class Router(Linear):
 def choose(
     routing: Routing, experts: int, chosen: int, x: Array, options: ModelOptions
 ) -> tuple[Array, Array, Array]:
-    """Choose the experts of each token; the router is a module `gate` of the calling one.
+    """Choose the experts of each token; the router is a module of the calling one.
 
     Args:
         routing: how they are chosen.
@@ -105,17 +111,17 @@ def choose(
         chosen experts `[batch, length, k]`.
     """
     if not routing.sigmoid:
-        logits = dense(experts, "gate", options, bias=False)(x)
+        logits = dense(experts, routing.name, options, bias=routing.bias)(x)
         scores = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
         weights, chosen_experts = jax.lax.top_k(scores, chosen)
     else:
         router = Router(
             experts,
-            use_bias=False,
+            use_bias=routing.bias,
             dtype=jnp.float32,
             precision="highest",
             corrected=routing.corrected,
-            name="gate",
+            name=routing.name,
         )
         scores = jax.nn.sigmoid(router(x.astype(jnp.float32)))
         wanted = scores + router.correction.astype(jnp.float32) if routing.corrected else scores

@@ -126,10 +126,10 @@ class Quant:
                     f"quant: only {sum(on)} of the {len(on)} stacked layers of {name} are selected;"
                     " select all, or set scan_layers=False"
                 )
-            if form.even and n_in % 2:
+            if n_in % form.multiple:
+                wanted = "an even number" if form.multiple == 2 else f"multiples of {form.multiple}"
                 problems.append(
-                    f"quant: {name} has {n_in} inputs, but {self.form} needs an even number;"
-                    " exclude it"
+                    f"quant: {name} has {n_in} inputs, but {self.form} needs {wanted}; exclude it"
                 )
         if problems:
             raise ConfigError(problems)

@@ -117,9 +117,10 @@ TABLE: tuple[Rule, ...] = (
     Rule(r"(.*/)?(embeddings_project|embed_proj)/kernel", ((), (FSDP,))),
     Rule(r"(.*/)?per_layer_(model_projection|input_gate|projection)/kernel", ((), (FSDP,))),
     Rule(r"(.*/)?(q_a_proj|kv_a_proj_with_mqa)/kernel", ((), (FSDP,))),
-    Rule(r"(.*/)?(mlp|block_sparse_moe)/gate/kernel"),
+    Rule(r"(.*/)?(mlp|block_sparse_moe)/(gate|router)/kernel"),
     # a device computes all heads' gates, which are as narrow as the number of heads
     Rule(r"(.*/)?linear_attn/((in_proj_[ab]|conv1d)/kernel|A_log|dt_bias)"),
+    Rule(r"(.*/)?self_attn/sinks"),
     Rule(r"(.*/)?rel_embeddings/embedding", ((), (FSDP,))),
     Rule(r"(.*/)?(position|token_type)_embeddings/embedding"),
     Rule(r"(classifier|score|pre_classifier)/.*"),

@@ -364,7 +364,10 @@ def test_a_number_format_of_another_version_is_refused(make, tmp_path):
     made = make()
     edit_json(made.folder / "jaxpeft.json", lambda extra: extra.update(quant={"form": "nf3"}))
     text = made.refused(tmp_path / "merged", to="merged_quantized_reference")
-    assert "jaxpeft.json: quant: 'nf3' is not a number format (known: nf4, int4, int8, fp8)" in text
+    assert (
+        "jaxpeft.json: quant: 'nf3' is not a number format (known: nf4, int4, int8, fp8, mxfp4)"
+        in text
+    )
     edit_json(made.folder / "jaxpeft.json", lambda extra: extra.update(quant="nf4"))
     assert "jaxpeft.json: quant: 'nf4' is not supported by this version of jaxpeft" in made.refused(
         tmp_path / "merged"

@@ -27,7 +27,7 @@ from tests.representatives import both_stacks
 
 CAUSAL = "causal_lm"
 NEW = tuple(kind for kind in DECODER_FAMILIES if kind not in ("llama", "mistral", "qwen2", "qwen3"))
-EXPERTS = ("mixtral", "qwen3_moe", "glm4_moe")
+EXPERTS = ("mixtral", "qwen3_moe", "glm4_moe", "gpt_oss")
 LATENT = ("glm4_moe_lite", "deepseek_v3")
 LINEAR = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
 FUSED = ("qkv_proj", "gate_up_proj", "o_proj", "down_proj")

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from jaxpeft.core.tree import unstack_layers
 from jaxpeft.errors import ConfigError, TargetError
 from jaxpeft.methods import METHODS
 from jaxpeft.models.base import ROUTING
-from jaxpeft.models.experts import balance_loss
+from jaxpeft.models.experts import Mixture, balance_loss
 from jaxpeft.train.__main__ import main
 from jaxpeft.train.losses import loss_for
 from jaxpeft.train.step import make_loss_sum
@@ -38,6 +38,7 @@ EXPERTS = {
     "qwen3_moe": GATED,
     "glm4_moe": GATED,
     "deepseek_v3": GATED,
+    "gpt_oss": ("gate_up_proj", "down_proj"),
 }
 OUTSIDE = {
     **dict.fromkeys(("glm4_moe", "deepseek_v3"), ("shared_experts", "mlp")),
@@ -76,7 +77,7 @@ def test_peft_gives_the_logits_of_adapted_experts(
         ("gate_up_proj", "down_proj"),
         ("gate_up_proj",),
         ("down_proj",),
-        ("down_proj", "gate.weight"),
+        ("down_proj", "router"),
     ],
     ids="-".join,
 )
@@ -85,7 +86,8 @@ def test_an_adapter_of_parameters_gives_the_logits_of_peft(
     reference: Make, tmp_path: Path, kind: str, scan: bool, parameters: tuple[str, ...]
 ) -> None:
     made = reference(kind, CAUSAL)
-    names = [f"mlp.{name}" if "gate." in name else f"mlp.experts.{name}" for name in parameters]
+    router = f"mlp.{'router' if kind == 'gpt_oss' else 'gate'}.weight"
+    names = [router if name == "router" else f"mlp.experts.{name}" for name in parameters]
     torch_model = peft_save(
         made.folder, CAUSAL, tmp_path / "a", r=4, target_modules=["o_proj"], target_parameters=names
     )
@@ -116,11 +118,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @both_stacks
 @pytest.mark.parametrize("name", ADAPTING)
-@pytest.mark.representatives("lora-scanned", "vera-scanned")
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.representatives("qwen3_moe-lora-scanned", "gpt_oss-vera-scanned")
 def test_adapted_experts_compute_as_their_merged_kernels(
-    reference: Make, scan: bool, name: str
+    reference: Make, scan: bool, kind: str, name: str
 ) -> None:
-    model, base = reference("qwen3_moe", CAUSAL).load(scan_layers=scan)
+    model, base = reference(kind, CAUSAL).load(scan_layers=scan)
     method = METHODS[name](targets=r".*\.experts\..*", **OPTIONS.get(name, {}))
     fresh = jaxpeft.rewrite(method, base, jax.random.key(0))
     if method.fresh_is_base:
@@ -143,8 +146,8 @@ def test_two_adapters_of_experts_compute_as_they_are_merged(reference: Make, oth
 
 
 @every_family
-@pytest.mark.representatives("qwen3_moe")
-def test_gradients_of_kernels_are_those_of_torch(reference: Make, kind: str) -> None:
+@pytest.mark.representatives("qwen3_moe", "gpt_oss")
+def test_gradients_of_layers_are_those_of_torch(reference: Make, kind: str) -> None:
     import torch
 
     made, batch = reference(kind, CAUSAL), make_batch("none")
@@ -157,32 +160,30 @@ def test_gradients_of_kernels_are_those_of_torch(reference: Make, kind: str) -> 
     for leaf in made.model.parameters():
         leaf.grad = None
     torch.mean(made.model(torch.tensor(batch.ids, dtype=torch.long)).logits ** 2).backward()
-    compared = 0
+    mixture = model.config.mixture
     for i, layer in enumerate(made.model.model.layers):
         own = {"mlp": layers[str(i)].get("block_sparse_moe"), **layers[str(i)]}
         for name, leaf in layer.named_parameters():
-            if leaf.ndim > 1:
-                found = kernels_of(own, name.removesuffix(".weight").split("."), EXPERTS[kind])
-                assert_close(found, leaf.grad.mT.numpy())
-                compared += 1
-    assert compared >= 7 * len(layers)
+            assert_close(np.asarray(as_in_torch(own, name.split("."), mixture)), leaf.grad.numpy())
 
 
-def kernels_of(layer: Any, steps: list[str], names: tuple[str, ...]) -> Any:
-    """Return a kernel by the steps of its name in transformers, which joins gate and up."""
-    gate, up, down = sorted(
-        names, key=["gate_proj", "w1", "up_proj", "w3", "down_proj", "w2"].index
-    )
-    module = layer
-    for step in steps[:-1]:
+def as_in_torch(module: Any, steps: Sequence[str], mixture: Mixture) -> Any:
+    """Return a leaf by its name in transformers, which joins gate and up, and in its layout."""
+    *steps, last = steps
+    for step in steps:
         module = module[step]
-    if "experts" not in steps:
-        return np.asarray(module[steps[-1]]["kernel"])
-    parts = {"gate_up_proj": (gate, up), "down_proj": (down,)}[steps[-1]]
-    return np.concatenate([np.asarray(module[part]["kernel"]) for part in parts], axis=-1)
+    if steps[-1:] != ["experts"]:
+        if last == "weight":
+            return module["kernel"].T if "kernel" in module else module["scale"]
+        return module[last]
+    joint = last.startswith("gate_up_proj")
+    names = mixture.names[:-1] if joint else mixture.names[-1:]
+    leaf = "bias" if last.endswith("_bias") else "kernel"
+    whole = np.concatenate([np.asarray(module[name][leaf]) for name in names], axis=-1)
+    return whole if leaf == "bias" or mixture.stacked else whole.swapaxes(-1, -2)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
 @both_stacks
 @pytest.mark.representatives("scanned-qwen3_moe")
 def test_the_load_balancing_loss_is_that_of_transformers(
@@ -237,6 +238,28 @@ def test_a_rule_spreads_experts_over_the_expert_axis_of_a_mesh(reference: Make) 
     assert kernel.sharding.shard_shape(kernel.shape)[1] == kernel.shape[1] // 2
     run = jax.jit(jaxpeft.on_mesh(mesh, lambda params, ids: jaxpeft.apply(model, params, ids)))
     assert_close(np.asarray(run(params, ids)), np.asarray(forward(*alone, ids, None)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp_tensor", "sequence"])
+def test_sinks_are_spread_with_their_heads(reference: Make, strategy: str) -> None:
+    made = reference("gpt_oss", CAUSAL)
+    ids = np.tile(make_batch("none").ids[:2], (2, 1))
+    sizes = {"sequence": 4, "data": 2} if strategy == "sequence" else {"tensor": 2, "fsdp": 4}
+    config = jaxpeft.MeshConfig(strategy=strategy, **sizes)
+    mesh = jaxpeft.create_device_mesh(config)
+    where = {"mesh": mesh, "rules": jaxpeft.sharding_rules(config)}
+    model, params = made.load(attention="chunked", **where)
+
+    def loss(params: Any, model: Any) -> Any:
+        return jnp.mean(jnp.square(jaxpeft.apply(model, params, ids)))
+
+    gradients = jaxpeft.on_mesh(mesh, lambda params: jax.grad(loss)(params, model))
+    own = jax.jit(gradients)(params)
+    alone, params = made.load()
+    wanted = jax.jit(lambda params: jax.grad(loss)(params, alone))(params)
+    for one, other in zip(jax.tree.leaves(own), jax.tree.leaves(wanted), strict=True):
+        assert_close(np.asarray(one), np.asarray(other))
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -199,6 +200,22 @@ def test_an_adapter_of_an_earlier_version_is_held_to_what_that_version_wrote(sav
     assert (
         "an earlier version of jaxpeft saved the adapter" in problem and "--allow-base" in problem
     )
+
+
+def test_fields_of_experts_that_an_earlier_version_did_not_write_have_their_defaults(
+    reference, tmp_path
+):
+    model, base = jaxpeft.load(reference("mixtral", "causal_lm").folder, task="causal_lm")
+    method = jaxpeft.LoRA(rank=2, targets=("q_proj",))
+    params = jaxpeft.rewrite(method, base, jax.random.key(0))
+    jaxpeft.save_adapter(tmp_path / "a", method, params, model)
+
+    def earlier(content):
+        for name in ("router", "bias", "stacked", "clamp"):
+            del content["base_config"]["mixture"][name]
+
+    edit_json(tmp_path / "a" / "jaxpeft.json", earlier)
+    jaxpeft.load_adapter(tmp_path / "a", model, base)
 
 
 def test_the_fingerprint_is_the_same_where_files_are_hashed_in_turns(

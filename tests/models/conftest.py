@@ -152,6 +152,13 @@ _TINY: Mapping[str, Mapping[str, Any]] = {
         "linear_key_head_dim": 8,
         "linear_value_head_dim": 12,
     },
+    "gpt_oss": {
+        **_DECODER,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 4,
+    },
     "ministral3": {**_DECODER, "head_dim": 16, "rope_parameters": _YARN},
     "glm4": {**_DECODER, "head_dim": 16},
     "granite": _DECODER,

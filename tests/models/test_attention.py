@@ -15,7 +15,7 @@ import pytest
 from jaxpeft import models
 from jaxpeft.models import attention
 from jaxpeft.models.attention import KERNELS, AttentionKernel, fastest
-from jaxpeft.models.attention_scores import Scoring
+from jaxpeft.models.attention_scores import Scoring, softmax
 from jaxpeft.models.base import ModelOptions
 from jaxpeft.models.masks import Mask, make_mask
 
@@ -50,9 +50,9 @@ class Seen(nn.Module):
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Mask]:
     seen: list[Mask] = []
 
-    def compute(q: Any, k: Any, v: Any, mask: Mask, drop: Any, scoring: Any) -> Any:
+    def compute(q: Any, k: Any, v: Any, mask: Mask, *rest: Any) -> Any:
         seen.append(mask)
-        return KERNELS["xla"].compute(q, k, v, mask, drop, scoring)
+        return KERNELS["xla"].compute(q, k, v, mask, *rest)
 
     own = KERNELS["cudnn"]
     fake = AttentionKernel(compute, own.platform, own.lacks, own.takes)
@@ -164,6 +164,27 @@ def test_splash_attention_takes_values_of_another_size_than_keys() -> None:
     found = with_gradient(partial(attention._splash, interpret=True), q, k, v, mask, text)  # pyright: ignore[reportPrivateUsage]
     right = with_gradient(KERNELS["xla"].compute, q, k, v, mask, text)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), found, right)
+
+
+def test_a_sink_is_a_key_without_a_value() -> None:
+    rng = np.random.default_rng(0)
+    logits, sinks = rng.normal(size=(2, 3, 4, 5)), rng.normal(size=3)
+    shares = np.exp(
+        np.concatenate([logits, np.broadcast_to(sinks[:, None, None], (2, 3, 4, 1))], -1)
+    )
+    wanted = (shares / shares.sum(-1, keepdims=True))[..., :-1]
+    given = jnp.asarray(logits, jnp.float32), jnp.asarray(sinks, jnp.float32)
+    np.testing.assert_allclose(softmax(*given), wanted, rtol=1e-5)
+    none = jnp.full((1, 3, 1, 5), jnp.finfo(jnp.float32).min)
+    np.testing.assert_array_equal(softmax(none, given[1]), 0)
+
+
+@pytest.mark.parametrize("name", ["cudnn", "splash"])
+def test_kernels_without_sinks_give_way(name: str) -> None:
+    why = KERNELS[name].lacks(jnp.bfloat16, (64, 64), 0.0, Scoring(sinks=True))
+    assert why == "heads have attention sinks"
+    assert not KERNELS[name].lacks(jnp.bfloat16, (64, 64), 0.0, Scoring())
+    assert not KERNELS["chunked"].lacks(jnp.bfloat16, (64, 64), 0.0, Scoring(sinks=True))
 
 
 def test_the_fastest_kernel_of_a_platform() -> None:

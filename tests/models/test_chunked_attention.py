@@ -68,6 +68,26 @@ def test_values_may_have_another_size_than_keys(size: int) -> None:
 
 
 @pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.representatives("window")
+def test_sinks_have_the_numbers_and_gradients_of_the_reference(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = inputs(rng, 2)
+    sinks = jnp.asarray(rng.normal(size=4), jnp.float32)
+    mask, text = masks(kind, rng, LENGTH)
+
+    def run(kernel: Any) -> Any:
+        def loss(q: Any, k: Any, v: Any, sinks: Any) -> Any:
+            out = kernel(q, k, v, mask, lambda weights: weights, sinks=sinks)
+            return jnp.sum(jnp.sin(jnp.where(text[..., None, None], out, 0)))
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(q, k, v, sinks)
+
+    found, right = run(partial(compute, block=40)), run(KERNELS["xla"].compute)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, right)
+    assert np.abs(right[1][3]).min() > 1e-3
+
+
+@pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.representatives("packed")
 def test_some_of_the_queries_are_those_of_the_row(kind: str) -> None:
     rng = np.random.default_rng(0)

@@ -34,13 +34,13 @@ def mask(slots: int) -> Mask:
 def test_the_program_attends_as_xla_does(slots: int, scoring: Scoring) -> None:
     q, k, v, keys, values = operands(slots)
     own = decode_attention.compute(q, k, v, mask(slots), keys, values, scoring, interpret=True)
-    wanted = _with_cache(q, k, v, mask(slots), keys, values, scoring)
+    wanted = _with_cache(q, k, v, mask(slots), keys, values, scoring, None)
     np.testing.assert_allclose(own, wanted, atol=2e-6)
 
 
 def test_the_program_lowers_for_gpus() -> None:
     q, k, v, keys, values = operands(96, "bfloat16")
-    assert decode_attention.takes(q, k, keys, values)
+    assert decode_attention.takes(q, k, keys, values, Scoring())
 
     def run(*given: jax.Array) -> jax.Array:
         return decode_attention.compute(*given[:3], mask(96), *given[3:], Scoring())
@@ -50,7 +50,8 @@ def test_the_program_lowers_for_gpus() -> None:
 
 def test_other_calls_are_not_taken() -> None:
     q, k, _v, keys, values = operands(96, "bfloat16")
-    assert not decode_attention.takes(q.astype("float32"), k, keys, values)
-    assert not decode_attention.takes(jnp.repeat(q, 2, axis=1), k, keys, values)
-    assert not decode_attention.takes(q, jnp.repeat(k, 2, axis=1), keys, values)
-    assert not decode_attention.takes(q, k, keys[:, :, :90], values[:, :, :90])
+    assert not decode_attention.takes(q.astype("float32"), k, keys, values, Scoring())
+    assert not decode_attention.takes(jnp.repeat(q, 2, axis=1), k, keys, values, Scoring())
+    assert not decode_attention.takes(q, jnp.repeat(k, 2, axis=1), keys, values, Scoring())
+    assert not decode_attention.takes(q, k, keys[:, :, :90], values[:, :, :90], Scoring())
+    assert not decode_attention.takes(q, k, keys, values, Scoring(sinks=True))

@@ -145,6 +145,26 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
             }
         },
     ),
+    ("gpt_oss", "plain", {}),
+    ("gpt_oss", "no-bias", {"attention_bias": False}),
+    ("gpt_oss", "no-window", {"sliding_window": 64, "layer_types": ["full_attention"] * 2}),
+    ("gpt_oss", "layer-types", {"layer_types": ALTERNATING, "num_hidden_layers": 3}),
+    ("gpt_oss", "clamp", {"swiglu_alpha": 1.3, "swiglu_limit": 0.3}),
+    ("gpt_oss", "rope", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    (
+        "gpt_oss",
+        "yarn-short",
+        {
+            "rope_parameters": {
+                **YARN,
+                "beta_fast": 4.0,
+                "beta_slow": 0.5,
+                "truncate": False,
+            }
+        },
+    ),
+    ("gpt_oss", "one-expert", {"num_experts_per_tok": 1, "num_local_experts": 5}),
+    ("gpt_oss", "all-experts", {"num_experts_per_tok": 4, "tie_word_embeddings": True}),
     ("mixtral", "plain", {}),
     ("mixtral", "window", {"sliding_window": 4}),
     ("mixtral", "one-expert", {"num_experts_per_tok": 1, "num_local_experts": 5}),
@@ -226,6 +246,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     "granite-multipliers",
     "olmo3-yarn",
     "smollm3-window",
+    "gpt_oss-plain",
 )
 def test_a_causal_language_model_with_a_switch(parity, kind, switches):
     parity(kind, "causal_lm", **switches)
@@ -241,3 +262,16 @@ def hub_sizes(config):
 @pytest.mark.parametrize("kind", ["gemma4_text", "gemma4_unified_text"])
 def test_sizes_of_layers_as_configs_on_the_hub_spell_them(parity, kind):
     parity(kind, "causal_lm", rewrite=hub_sizes)
+
+
+def as_published(config: dict[str, Any]) -> None:
+    """Spell the rotation as the published checkpoints of gpt-oss do."""
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    config |= {"experts_per_token": config["num_experts_per_tok"], "initial_context_length": 8}
+
+
+@pytest.mark.slow
+def test_the_published_spelling_of_gpt_oss_is_read(parity: Any) -> None:
+    rope = {**YARN, "truncate": False}
+    parity("gpt_oss", "causal_lm", rewrite=as_published, rope_parameters=rope)

@@ -304,6 +304,13 @@ EXPERTS = {
     "num_hidden_layers": 4,
     "decoder_sparse_step": 2,  # which are scanned in pairs
 }
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+    "quantization_config": {"quant_method": "mxfp4"},
+}
 LATENT = {
     "model_type": "deepseek_v3",
     "n_routed_experts": 8,
@@ -352,10 +359,11 @@ def test_delta_nets_compile_on_a_cpu(tmp_path):
     ("family", "strategies"),
     [
         (EXPERTS, "fsdp_tensor,sequence"),
+        (GPT_OSS, "fsdp_tensor,sequence"),
         (GEMMA4, "fsdp_tensor"),  # unrolled layers are slower
         (LATENT, "fsdp_tensor"),
     ],
-    ids=["experts", "unequal-layers", "latent"],
+    ids=["experts", "mxfp4", "unequal-layers", "latent"],
 )
 def test_other_families_compile_for_tpus(tmp_path, family, strategies):
     words = "--topology", "v5e:2x4", "--strategies", strategies, "--tries", "0"

@@ -33,7 +33,7 @@ def test_a_model_that_is_loaded_quantized_is_the_one_that_is_quantized_later(
     form: Any,
     scan: bool,
 ) -> None:
-    folder = reference("llama", "causal_lm").folder
+    folder = reference("llama", "causal_lm", intermediate_size=64).folder
     model, plain = jaxpeft.load(folder, task="causal_lm", scan_layers=scan)
     quantized, params = jaxpeft.load(folder, task="causal_lm", scan_layers=scan, quant=form)
     assert_bit_equal(params, jaxpeft.quantize(plain, form))
@@ -113,7 +113,8 @@ def test_what_does_not_fit_is_refused(reference: Any) -> None:
     _, base = load("llama")
     _, stacked = load("llama", scan_layers=True)
     with pytest.raises(
-        ConfigError, match=r"quant: 'nf3' is not a number format \(known: nf4, int4, int8, fp8\)"
+        ConfigError,
+        match=r"quant: 'nf3' is not a number format \(known: nf4, int4, int8, fp8, mxfp4\)",
     ):
         jaxpeft.quantize(base, "nf3")
     with pytest.raises(
@@ -192,8 +193,9 @@ def test_lists_are_taken_and_what_is_excluded_in_vain_is_said(
 
 @every_form
 @pytest.mark.representatives("int8")
-def test_training_moves_the_adapter_and_no_bit_of_the_base(form: Any) -> None:
-    model, base = load("llama", scan_layers=True)
+def test_training_moves_the_adapter_and_no_bit_of_the_base(reference: Any, form: Any) -> None:
+    folder = reference("llama", "causal_lm", intermediate_size=64).folder
+    model, base = jaxpeft.load(folder, task="causal_lm", scan_layers=True)
     method = jaxpeft.LoRA(rank=2)
     params = jaxpeft.rewrite(method, jaxpeft.quantize(base, form), jax.random.key(0))
     trainable, frozen = jaxpeft.partition(params, jaxpeft.trainable_mask(method, params))

@@ -120,9 +120,9 @@ def test_a_kernel_that_is_not_partitioned_computes_rows_and_heads_of_its_device(
 ) -> None:
     seen: list[tuple[int, ...]] = []
 
-    def compute(q: Any, k: Any, v: Any, mask: Mask, drop: Any, scoring: Any) -> Any:
+    def compute(q: Any, k: Any, v: Any, mask: Mask, *rest: Any) -> Any:
         seen.append((*q.shape, *k.shape))
-        return KERNELS["xla"].compute(q, k, v, mask, drop, scoring)
+        return KERNELS["xla"].compute(q, k, v, mask, *rest)
 
     monkeypatch.setattr(attention, "KERNELS", {**KERNELS, "cudnn": AttentionKernel(compute)})
     mesh = mesh_of(MeshConfig(strategy="fsdp_tensor", fsdp=2, tensor=4), 8)

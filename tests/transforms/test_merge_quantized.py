@@ -16,7 +16,9 @@ from jaxpeft.errors import ConfigError
 from jaxpeft.kernels import QUANTIZED
 from tests.core.helpers import load, run
 
-every_form = pytest.mark.parametrize("form", QUANTIZED)
+# the tiny model has inputs of 48 numbers, which the blocks of some forms do not divide
+FITTING = [name for name, form in QUANTIZED.items() if 48 % form.multiple == 0]
+every_form = pytest.mark.parametrize("form", FITTING)
 both = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 
 

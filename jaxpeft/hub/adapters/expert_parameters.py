@@ -6,7 +6,9 @@ and `down_proj`. PEFT's tensors of such a parameter contain the factors of all e
 two parameters, the tensors of `gate_up_proj` are those of the inner module, `base_layer`. Here each
 expert is a module of its own; gate and up get the same `A`, and each its rows of `B`.
 
-The other direction needs no conversion: PEFT stacks the tensors of the modules when it loads them.
+The other direction needs no conversion, because PEFT stacks the tensors of the modules when it
+loads them, except for a family whose checkpoints have stacked parameters as well: those of its
+experts have no modules in `transformers`. The factors of a joint `gate_up_proj` are those of PEFT.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from jaxpeft.core import paths
+from jaxpeft.core.expressions import full_match
 from jaxpeft.core.targets import find_sites
 from jaxpeft.errors import AdapterError, show
 from jaxpeft.hub.weights.safetensors_files import Tensor
@@ -27,9 +30,10 @@ from jaxpeft.models.base import abstract_params
 from jaxpeft.models.experts import Mixture
 
 _log = logging.getLogger(__name__)
+Array = np.ndarray[Any, Any]
 FIELD = "target_parameters"
 _NAME = re.compile(
-    r"(?P<layer>.*\.)mlp\.(experts|gate)\.(base_layer\.)?(?P<leaf>lora_[AB])\.weight"
+    r"(?P<layer>.*\.)mlp\.(experts|gate|router)\.(base_layer\.)?(?P<leaf>lora_[AB])\.weight"
 )
 
 
@@ -96,10 +100,14 @@ def split(
     if mixture is None:
         raise AdapterError(f"{where}: {FIELD}: {show(wanted)}, but the model has no experts")
     names = [wanted] if isinstance(wanted, str) else list(map(str, wanted))
-    known = {"gate_up_proj": mixture.names[:2], "down_proj": mixture.names[2:], "weight": ("gate",)}
+    known = {
+        "gate_up_proj": mixture.names[:-1],
+        "down_proj": mixture.names[-1:],
+        "weight": (mixture.routing.name,),
+    }
     problems = [
         f"{where}: {FIELD}: {show(name)} is not supported (supported: gate_up_proj and down_proj of"
-        " experts, and gate.weight)"
+        f" experts, and {mixture.routing.name}.weight)"
         for name in names
         if name.rpartition(".")[2] not in known
     ]
@@ -120,9 +128,9 @@ def split(
     modules = {name.split(".lora_")[0].rpartition(".")[2] for name in parts if ".lora_" in name}
     own = config.get("target_modules")
     targets = {*map(str, own if isinstance(own, list) else modules)}
-    added = {name for each in names for name in known[each.rpartition(".")[2]]}
+    added = {name for each in names for name in _modules(each, known, mixture)}
     rest = {key: value for key, value in config.items() if key != FIELD}
-    rest |= _without(config, outside(model, added))
+    rest |= _without(config, outside(model, added - {mixture.routing.name}))
     return {**rest, "target_modules": sorted({*targets, *added})}, parts
 
 
@@ -136,7 +144,7 @@ def outside(model: Any, names: Set[str]) -> list[str]:
     """
     sites = [site for site in find_sites(abstract_params(model)) if not site.experts]
     ends = (name.split(".")[-2:] for site in sites for name in site.names)
-    return sorted({".".join(end) for end in ends if end[-1] in names - {"gate"}})
+    return sorted({".".join(end) for end in ends if end[-1] in names})
 
 
 def warn_of_misread(config: Mapping[str, Any], model: Any, sites: Sequence[str]) -> None:
@@ -180,6 +188,16 @@ def _without(config: Mapping[str, Any], others: Sequence[str]) -> dict[str, Any]
     return {name: sorted({*map(str, own or ()), *others})}
 
 
+def _modules(parameter: str, known: Mapping[str, Sequence[str]], mixture: Mixture) -> list[str]:
+    """Return the targets for a parameter: of all layers, or full names if it is of one layer."""
+    owner, _, leaf = parameter.rpartition(".")
+    if re.search(r"layers\.\d+\.", owner) is None:
+        return list(known[leaf])
+    if leaf == "weight":
+        return [owner]
+    return [f"{owner}.{i}.{name}" for name in known[leaf] for i in range(mixture.experts)]
+
+
 def _parts(
     name: str, tensor: Any, mixture: Mixture, parameters: Sequence[str], width: int
 ) -> Iterator[tuple[str, Any]]:
@@ -197,19 +215,141 @@ def _parts(
         yield name, tensor
         return
     layer, leaf = f"{found['layer']}{mixture.module}", found["leaf"]
-    if ".mlp.gate." in name:
-        yield f"{layer}.gate.{leaf}.weight", tensor
+    if ".experts." not in name:
+        yield f"{layer}.{mixture.routing.name}.{leaf}.weight", tensor
         return
     joint = any(each.endswith("gate_up_proj") for each in parameters)
     down = any(each.endswith("down_proj") for each in parameters) and not found[3]
     inner = mixture.width
+    gates = (slice(0, inner), slice(inner, 2 * inner))
     outputs = (
-        {mixture.names[2]: slice(0, width)}
+        {mixture.names[-1]: slice(0, width)}
         if down or not joint
-        else dict(zip(mixture.names, (slice(0, inner), slice(inner, 2 * inner)), strict=False))
+        else {mixture.names[0]: slice(0, 2 * inner)}
+        if mixture.joint
+        else dict(zip(mixture.names, gates, strict=False))
     )
     for module, outs in outputs.items():
         rows = None if leaf == "lora_A" else outs
         for expert in range(mixture.experts):
             own = f"{layer}.experts.{expert}.{module}.{leaf}.weight"
             yield own, ExpertTensor(tensor, mixture.experts, expert, rows)
+
+
+_EXPERT = re.compile(r"(?P<owner>.*\.experts)\.(?P<expert>\d+)\.(?P<module>\w+)\.(?P<leaf>.*)")
+_FACTORS = ("lora_A.weight", "lora_B.weight")
+
+
+def join(
+    config: Mapping[str, Any], tensors: Mapping[str, Array], sites: Sequence[str], model: Any
+) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Return the config and the tensors of an adapter, by the parameters of a layer's experts.
+
+    It is the inverse of `split`, for a family whose checkpoints have such parameters. Adapters that
+    PEFT has not for parameters keep the names of modules, by which only jaxpeft reads them.
+
+    Args:
+        config: content of the `adapter_config.json`.
+        tensors: float32 tensors of the adapter by name.
+        sites: names of the adapted sites.
+        model: the adapted model.
+
+    Raises:
+        AdapterError: Experts of a layer differ in what PEFT shares between them.
+    """
+    mixture: Mixture | None = getattr(model.config, "mixture", None)
+    if mixture is None or not mixture.stacked:
+        return dict(config), dict(tensors)
+    router = f".{mixture.module}.{mixture.routing.name}"
+    own = [site for site in sites if ".experts." in site or site.endswith(router)]
+    factors = {name for name in tensors if name.endswith(_FACTORS)}
+    other = [name for name in tensors.keys() - factors if any(f".{s}." in name for s in own)]
+    if not own or other or not factors or config.get("use_dora"):
+        return dict(config), dict(tensors)
+    _require_shared(config, own)
+    stacked, groups = dict[str, Array](), dict[tuple[str, str, str], dict[int, Array]]()
+    for name, tensor in tensors.items():
+        found = _EXPERT.fullmatch(name)
+        if found is None:
+            stacked[name] = tensor
+        else:
+            group = found["owner"], found["module"], found["leaf"]
+            groups.setdefault(group, {})[int(found["expert"])] = tensor
+    modules = {owner: set[str]() for owner, _, _ in groups}
+    for owner, module, _ in groups:
+        modules[owner].add(module)
+    for (owner, module, leaf), parts in groups.items():
+        inside = "base_layer." * (module == mixture.names[0] and len(modules[owner]) > 1)
+        stacked[f"{owner}.{inside}{leaf}"] = _stack(f"{owner}.{module}", leaf, parts, mixture)
+    return _joined_config(config, sites, own, model.config.num_hidden_layers), stacked
+
+
+def _require_shared(config: Mapping[str, Any], sites: Sequence[str]) -> None:
+    """Raise an error if a pattern gives parameters another rank or alpha.
+
+    Raises:
+        AdapterError: It does.
+    """
+    problems = [
+        f"{field}: {show(key)} matches {site}, but PEFT has one rank and alpha for the parameters"
+        " of experts; adapt these modules without patterns"
+        for field in ("rank_pattern", "alpha_pattern")
+        for key in config.get(field) or {}
+        for site in [next((s for s in sites if full_match(rf"(.*\.)?({key})", s)), None)]
+        if site is not None
+    ]
+    if problems:
+        raise AdapterError(problems)
+
+
+def _stack(name: str, leaf: str, parts: Mapping[int, Array], mixture: Mixture) -> Array:
+    """Return the tensor of a parameter from those of its experts.
+
+    Raises:
+        AdapterError: Not all experts are adapted.
+    """
+    if len(parts) < mixture.experts:
+        raise AdapterError(
+            f"{name}: only {len(parts)} of {mixture.experts} experts are adapted, but PEFT adapts"
+            " all experts of a layer; select all or none of them"
+        )
+    ordered = [parts[i] for i in range(mixture.experts)]
+    if leaf == _FACTORS[0]:
+        return np.concatenate(ordered)
+    return np.stack(ordered, axis=-1).reshape(len(ordered[0]), -1)
+
+
+def _joined_config(
+    config: Mapping[str, Any], sites: Sequence[str], own: Sequence[str], layers: int
+) -> dict[str, Any]:
+    """Return a config that names the parameters of experts and routers instead of modules.
+
+    Args:
+        config: the config that names modules.
+        sites: names of all adapted sites.
+        own: names of the sites that are parameters in PEFT.
+        layers: number of layers of the model.
+    """
+    names = {
+        re.sub(r"\.experts\.\d+\.", ".experts.", site) + ("" if ".experts." in site else ".weight")
+        for site in own
+    }
+    ends: dict[str, list[str]] = {}
+    for name in names:
+        ends.setdefault(re.sub(r".*layers?\.\d+\.", "", name), []).append(name)
+    parameters = [
+        name for end, full in ends.items() for name in ([end] if len(full) == layers else full)
+    ]
+    rest = sorted({*sites} - {*own})
+    wanted: Any = config.get("target_modules")
+    selected = any(config.get(key) is not None for key in _SELECTION)
+    if isinstance(wanted, list | tuple) and not selected:
+        kept = [e for e in wanted if any(f".{site}".endswith(f".{e}") for site in rest)]
+        changed = {"target_modules": kept}
+    else:
+        changed = {"target_modules": rest, **dict.fromkeys(_SELECTION)}
+    return {**config, **changed, FIELD: sorted(parameters)}
+
+
+_SELECTION = ("exclude_modules", "layers_to_transform", "layers_pattern")
+"""Options that select among `target_modules`."""

@@ -122,6 +122,7 @@ def _save_one(
     config |= companions.write_options(
         main, {name: part for part in others for name in _site_names(part, params)}
     )
+    config, tensors = expert_parameters.join(config, tensors, sites, model)
     if tied:
         config["ensure_weight_tying"] = True
     expert_parameters.warn_of_misread(config, model, sites)

@@ -84,8 +84,9 @@ class Packed:
         file: file that contains its codes.
         shape: shape of the matrix, `[out, in]`.
         dtype: dtype that it was quantized from.
-        leaves: its tensors by the names of `jaxpeft.kernels.nf4.NF4.leaves`.
+        leaves: its tensors by the names of the format's leaves.
         problems: errors in its tensors; if there are any, it has no leaves.
+        form: its format, a key of `jaxpeft.kernels.QUANTIZED`.
     """
 
     file: Path
@@ -93,6 +94,7 @@ class Packed:
     dtype: np.dtype[Any]
     leaves: Mapping[str, RowReader]
     problems: tuple[str, ...] = ()
+    form: str = "nf4"
 
     @property
     def nbytes(self) -> int:

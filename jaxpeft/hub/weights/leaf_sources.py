@@ -7,12 +7,13 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxpeft.hub.weights.bitsandbytes import RowReader
-from jaxpeft.hub.weights.safetensors_files import Span, aligned_empty
+from jaxpeft.hub.weights.safetensors_files import Span, Tensor, aligned_empty
 
 _BLOCK_BYTES = 1 << 20
 _MAPPED_BYTES = 4 << 20
@@ -90,12 +91,14 @@ class LeafSource:
         if not spans:
             yield lambda: out.__setitem__(..., tensor.read_rows(0, 1))
             return
-        rows, others = (spans[-1], spans[-2::-1]) if self.transposed else (spans[0], spans[1:])
+        upright = isinstance(tensor, UprightTensor)
+        transposed, tensor = self.transposed and not upright, tensor.stored if upright else tensor
+        rows, others = (spans[-1], spans[-2::-1]) if transposed else (spans[0], spans[1:])
         step = _rows_at_once(tensor, others)
         for start in range(rows[0], rows[1], step):
             stop = min(start + step, rows[1])
             at = slice(start - rows[0], stop - rows[0])
-            place = out[..., at].T if self.transposed else out[at]
+            place = out[..., at].T if transposed else out[at]
             yield functools.partial(_copy, place, tensor, (start, stop), others)
 
 
@@ -138,6 +141,42 @@ def join(tensors: Sequence[RowReader], layers: tuple[int, ...]) -> LeafSource:
     first = tensors[0]
     shape = (*layers, *first.shape)
     return LeafSource(tuple(tensors), shape, first.dtype, len(layers), transposed=False)
+
+
+@dataclass(frozen=True)
+class UprightTensor:
+    """A matrix of torch's shape `[out, in]` that the file stores as its kernel `[in, out]`.
+
+    Attributes:
+        stored: the tensor in the file.
+    """
+
+    stored: Tensor
+
+    @property
+    def file(self) -> Path:
+        """The file."""
+        return self.stored.file
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape `[out, in]`."""
+        return self.stored.shape[::-1]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """NumPy dtype."""
+        return self.stored.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.stored.nbytes
+
+    def read_rows(self, start: int, stop: int, columns: Span | None = None) -> np.ndarray[Any, Any]:
+        """Read `matrix[start:stop]`, and of the second axis only `columns` if given."""
+        first, last = columns or (0, self.shape[1])
+        return self.stored.read_rows(first, last, (start, stop)).T
 
 
 @dataclass(frozen=True)

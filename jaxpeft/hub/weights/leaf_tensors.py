@@ -19,11 +19,12 @@ from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.tree import FIXED
 from jaxpeft.errors import WeightsError, nearest
 from jaxpeft.hub.weights.bitsandbytes import Packed
-from jaxpeft.hub.weights.leaf_sources import ExtendedTensor, LeafSource, join
+from jaxpeft.hub.weights.leaf_sources import ExtendedTensor, LeafSource, UprightTensor, join
 from jaxpeft.hub.weights.safetensors_files import Tensor
 from jaxpeft.models.base import Family
 
-Tensors = Mapping[str, Tensor | Packed]
+AnyTensor = Tensor | UprightTensor | Packed
+Tensors = Mapping[str, AnyTensor]
 _LAYER = re.compile(r"(?:^|\.)layers?\.(\d{1,9})\.")
 _EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
 
@@ -37,6 +38,7 @@ class WeightPlan:
         new: paths of the head's leaves that are missing and will be initialized.
         replaced: names of head tensors in the checkpoint with a different number of labels.
         held: for each kernel quantized in the checkpoint, by path, its leaves by name.
+        form: the format of these kernels, a key of `jaxpeft.kernels.QUANTIZED`; None without any.
     """
 
     sources: Mapping[Path, LeafSource]
@@ -45,6 +47,7 @@ class WeightPlan:
     held: Mapping[Path, Mapping[str, LeafSource]] = field(
         default_factory=dict[Path, Mapping[str, LeafSource]]
     )
+    form: str | None = None
 
     def grow(self, abstract: Tree) -> WeightPlan:
         """Return the plan with rows for added tokens, initialized to the mean of the existing ones.
@@ -112,7 +115,8 @@ def plan(
     if problems:
         where = next(iter(tensors.values())).file.parent if tensors and folder is None else folder
         raise WeightsError(_list_problems(problems, where))
-    return WeightPlan(sources, tuple(new), tuple(replaced), held)
+    forms = {packed.form for one in wanted for packed in one.packed.values()}
+    return WeightPlan(sources, tuple(new), tuple(replaced), held, *forms)
 
 
 def _kept_heads(wanted: Sequence[_ExpectedLeaf], family: Family) -> set[str]:
@@ -139,7 +143,7 @@ class _ExpectedLeaf:
     leaf: jax.ShapeDtypeStruct
     layers: tuple[int, ...]
     names: tuple[str, ...]
-    present: Mapping[str, Tensor | Packed]
+    present: Mapping[str, AnyTensor]
 
     @property
     def head(self) -> bool:
@@ -153,7 +157,7 @@ class _ExpectedLeaf:
         return shape[::-1] if self.path[-1] == "kernel" else shape
 
     @property
-    def misshaped(self) -> dict[str, Tensor | Packed]:
+    def misshaped(self) -> dict[str, AnyTensor]:
         """The tensors with a different shape."""
         return {name: tensor for name, tensor in self.present.items() if tensor.shape != self.shape}
 
@@ -202,7 +206,7 @@ def _faults(one: _ExpectedLeaf, named: Tensors) -> list[str]:
 
 def _source(one: _ExpectedLeaf, dtype: Any | None) -> LeafSource:
     """Return the source of a leaf that is not quantized in the checkpoint."""
-    plain = [tensor for tensor in one.present.values() if isinstance(tensor, Tensor)]
+    plain = [tensor for tensor in one.present.values() if not isinstance(tensor, Packed)]
     converted = dtype is not None and one.path[-1] not in FIXED
     target = np.dtype(dtype) if converted else _common_dtype(plain)
     return LeafSource(
@@ -237,7 +241,7 @@ def _unfit(one: _ExpectedLeaf) -> list[str]:
     """List the reasons why a leaf cannot be loaded from its quantized tensors."""
     packed, count = one.packed, len(one.present)
     if broken := [problem for tensor in packed.values() for problem in tensor.problems]:
-        return broken
+        return list(dict.fromkeys(broken))  # experts may share tensors
     if packed and one.path[-1] != "kernel":
         return [f"quantized: {name} does not belong to a linear module" for name in packed]
     if packed and len(packed) < count:
@@ -296,7 +300,7 @@ def _other_labels(name: str, labels: int, wanted: int) -> str:
     )
 
 
-def _common_dtype(tensors: Sequence[Tensor]) -> np.dtype[Any]:
+def _common_dtype(tensors: Sequence[Tensor | UprightTensor]) -> np.dtype[Any]:
     """Return the common dtype of the layers, float32 if they differ; float64 becomes float32."""
     kinds = {tensor.dtype for tensor in tensors}
     (kind,) = kinds if len(kinds) == 1 else (np.dtype(np.float32),)
@@ -349,7 +353,7 @@ def require_sizes(config: Any, tensors: Tensors, family: Family, where: Any) -> 
         raise WeightsError(problems)
 
 
-def untie(tensors: Tensors, folder: Any) -> dict[str, Tensor | Packed]:
+def untie(tensors: Tensors, folder: Any) -> dict[str, AnyTensor]:
     """Return the tensors of a model with a tied head, with only the embedding's name.
 
     If the checkpoint has both tensors, they are compared; each of several processes compares its
@@ -373,7 +377,7 @@ def untie(tensors: Tensors, folder: Any) -> dict[str, Tensor | Packed]:
     return kept
 
 
-def _equal(a: Tensor | Packed, b: Tensor | Packed, rows: int = 4096) -> bool:
+def _equal(a: AnyTensor, b: AnyTensor, rows: int = 4096) -> bool:
     """Compare this process's part of two tensors, a few rows at a time."""
     if isinstance(a, Packed) or isinstance(b, Packed) or a.shape != b.shape:
         return False
@@ -394,7 +398,7 @@ def plain_name(name: str, family: Family) -> str:
 
 def _canonical_names(
     tensors: Tensors, abstract: Tree, family: Family
-) -> tuple[dict[str, Tensor | Packed], list[str]]:
+) -> tuple[dict[str, AnyTensor], list[str]]:
     """Return the checkpoint's tensors by the names that match the model's paths, and the conflicts.
 
     A file may have the backbone's names with or without the prefix. Tensors that are not part of
@@ -405,7 +409,7 @@ def _canonical_names(
         for path, leaf in paths.walk(abstract)
         for name in paths.hf_names(path, paths.stack_shape(path, leaf))
     }
-    out: dict[str, Tensor | Packed] = {}
+    out: dict[str, AnyTensor] = {}
     original: dict[str, str] = {}
     problems: list[str] = []
     for file_name, tensor in tensors.items():
@@ -422,11 +426,11 @@ def _canonical_names(
     return out, problems
 
 
-def _is_integer(tensor: Tensor | Packed) -> bool:
+def _is_integer(tensor: AnyTensor) -> bool:
     return not jnp.issubdtype(tensor.dtype, jnp.floating) or tensor.dtype.itemsize < 2
 
 
-def _dtype_fault(name: str, tensor: Tensor | Packed) -> str:
+def _dtype_fault(name: str, tensor: AnyTensor) -> str:
     return (
         f"not floating: {name} is {tensor.dtype} (a quantized checkpoint?); use the unquantized"
         " model"

@@ -37,7 +37,8 @@ from jaxpeft.core import paths
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import Site
 from jaxpeft.errors import WeightsError
-from jaxpeft.hub.weights.leaf_sources import LeafSource, join, spans_of
+from jaxpeft.hub.weights.bitsandbytes import RowReader
+from jaxpeft.hub.weights.leaf_sources import LeafSource, UprightTensor, join, spans_of
 from jaxpeft.hub.weights.leaf_tensors import WeightPlan
 from jaxpeft.hub.weights.safetensors_files import Tensor, open_folder
 from jaxpeft.hub.weights.safetensors_writing import write_model
@@ -216,8 +217,8 @@ def entry(plan: WeightPlan, quant: Quant, sites: Mapping[Path, Site]) -> Entry |
     files = [
         tensor
         for source in sources.values()
-        for tensor in source.tensors
-        if isinstance(tensor, Tensor)
+        for each in source.tensors
+        if (tensor := _file_tensor(each)) is not None
     ]
     if root is None or sum(tensor.nbytes for tensor in files) < LEAST_BYTES:
         return None
@@ -247,6 +248,12 @@ def entry(plan: WeightPlan, quant: Quant, sites: Mapping[Path, Site]) -> Entry |
     return Entry(root / "quantised" / key, what, leaves, plan)
 
 
+def _file_tensor(tensor: RowReader) -> Tensor | None:
+    """Return the tensor in a file from which a kernel is read, or None."""
+    found = tensor.stored if isinstance(tensor, UprightTensor) else tensor
+    return found if isinstance(found, Tensor) else None
+
+
 def _stamp(file: FilePath) -> list[int]:
     found = file.stat()
     return [found.st_size, found.st_mtime_ns]
@@ -255,7 +262,7 @@ def _stamp(file: FilePath) -> list[int]:
 def _kernels(path: Path, source: LeafSource) -> Iterator[tuple[str, list[Any]]]:
     """Yield the name of each layer of a kernel, and where it is read from."""
     for name, tensor in zip(_names(path, path[-1], source), source.tensors, strict=True):
-        if isinstance(tensor, Tensor):
+        if (tensor := _file_tensor(tensor)) is not None:
             where = [str(tensor.file.resolve()), tensor.offset, list(tensor.shape)]
             yield name, [*where, tensor.dtype.name, source.dtype.name]
 

@@ -9,6 +9,7 @@ from jaxpeft.models.decoder_families.deepseek import DEEPSEEK_V3
 from jaxpeft.models.decoder_families.gemma import GEMMA, GEMMA2, GEMMA3
 from jaxpeft.models.decoder_families.gemma4 import GEMMA4, GEMMA4_UNIFIED
 from jaxpeft.models.decoder_families.glm import GLM4, GLM4_MOE, GLM4_MOE_LITE
+from jaxpeft.models.decoder_families.gpt_oss import GPT_OSS
 from jaxpeft.models.decoder_families.granite import GRANITE
 from jaxpeft.models.decoder_families.llama import LLAMA
 from jaxpeft.models.decoder_families.mistral import MINISTRAL3, MISTRAL, MIXTRAL
@@ -38,6 +39,7 @@ DECODER_FAMILIES: Mapping[str, DecoderFamily] = {
         GLM4_MOE,
         GLM4_MOE_LITE,
         DEEPSEEK_V3,
+        GPT_OSS,
         GRANITE,
         OLMO2,
         OLMO3,

@@ -11,14 +11,12 @@ from jaxpeft.models.activations import ACTIVATIONS
 from jaxpeft.models.base import ConfigReader
 from jaxpeft.models.decoder_config import (
     ATTENTION_BIAS,
-    BY_LAYERS,
-    SLIDING,
     DecoderFamily,
     NormNames,
-    full_every,
     maybe_number,
     positive,
 )
+from jaxpeft.models.layer_types import BY_LAYERS, SLIDING, full_every
 from jaxpeft.models.rope import RopeSwitches
 
 

@@ -14,9 +14,10 @@ from typing import Any
 
 from jaxpeft.errors import show
 from jaxpeft.models.base import MOST_HEADS, ConfigReader
-from jaxpeft.models.decoder_config import FULL, DecoderFamily, full_every
+from jaxpeft.models.decoder_config import DecoderFamily
 from jaxpeft.models.decoder_families.gemma import GEMMA3
 from jaxpeft.models.layer_embeddings import LayerEmbedding
+from jaxpeft.models.layer_types import FULL, full_every
 
 _SIZES = ("head_dim", "num_key_value_heads")
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxpeft.models.base import ConfigReader
-from jaxpeft.models.decoder_config import SLIDING, DecoderFamily, all_sliding
+from jaxpeft.models.decoder_config import DecoderFamily
 from jaxpeft.models.decoder_families.mixtures import read_mixture
+from jaxpeft.models.layer_types import SLIDING, all_sliding
 from jaxpeft.models.router import Routing
 
 MISTRAL = DecoderFamily(

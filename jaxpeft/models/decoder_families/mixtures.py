@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from jaxpeft.models.base import ConfigReader
-from jaxpeft.models.experts import Mixture
+from jaxpeft.models.experts import Clamp, Mixture
 from jaxpeft.models.router import Routing
 
 GATED = ("gate_proj", "up_proj", "down_proj")
@@ -16,11 +16,14 @@ _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
 
 def read_mixture(
     module: str,
-    names: tuple[str, str, str],
+    names: tuple[str, ...],
     width: str,
     routing: Routing | Callable[[ConfigReader], Routing],
     *,
     shared: str = "",
+    bias: bool = False,
+    stacked: bool = False,
+    clamp: Callable[[ConfigReader], Clamp] | None = None,
 ) -> Callable[[ConfigReader], Mixture]:
     """Return the part `mixture` of a family, read from its `config.json`.
 
@@ -30,6 +33,9 @@ def read_mixture(
         width: field of `config.json` with the width of an expert.
         routing: see `Mixture`; or what reads it.
         shared: field with the number of experts that all tokens share; empty if there are none.
+        bias: see `Mixture`.
+        stacked: see `Mixture`.
+        clamp: reads its `clamp`; None for none.
     """
 
     def read(reader: ConfigReader) -> Mixture:
@@ -52,6 +58,9 @@ def read_mixture(
             found,
             reader.number("router_aux_loss_coef") if reader.flag("output_router_logits") else 0.0,
             wide * reader.integer(shared) if shared else 0,
+            bias,
+            stacked,
+            clamp and clamp(reader),
         )
 
     return read

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxpeft.models.decoder_config import (
-    ATTENTION_BIAS,
-    BY_LAYERS,
-    SLIDING,
-    DecoderFamily,
-    NormNames,
-    full_every,
-)
+from jaxpeft.models.decoder_config import ATTENTION_BIAS, DecoderFamily, NormNames
+from jaxpeft.models.layer_types import BY_LAYERS, SLIDING, full_every
 from jaxpeft.models.rope import RopeSwitches
 
 OLMO2 = DecoderFamily(

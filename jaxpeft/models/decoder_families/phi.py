@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from jaxpeft.models.decoder_config import SLIDING, DecoderFamily
+from jaxpeft.models.decoder_config import DecoderFamily
+from jaxpeft.models.layer_types import SLIDING
 from jaxpeft.models.rope import RopeSwitches
 
 PHI3 = DecoderFamily(

@@ -10,17 +10,10 @@ from typing import Any
 
 from jaxpeft.errors import show
 from jaxpeft.models.base import MOST_HEADS, ConfigReader
-from jaxpeft.models.decoder_config import (
-    ATTENTION_BIAS,
-    FULL,
-    LINEAR,
-    SLIDING,
-    DecoderFamily,
-    named_types,
-    upper_sliding,
-)
+from jaxpeft.models.decoder_config import ATTENTION_BIAS, DecoderFamily
 from jaxpeft.models.decoder_families.mixtures import GATED, read_mixture
 from jaxpeft.models.delta_net import DeltaNet
+from jaxpeft.models.layer_types import FULL, LINEAR, SLIDING, named_types, upper_sliding
 from jaxpeft.models.rope import RopeSwitches
 from jaxpeft.models.router import Routing
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from jaxpeft.errors import show
 from jaxpeft.models.base import ConfigReader
-from jaxpeft.models.decoder_config import FULL, SLIDING, DecoderFamily, named_types
+from jaxpeft.models.decoder_config import DecoderFamily
 from jaxpeft.models.decoder_families.llama import LLAMA
+from jaxpeft.models.layer_types import FULL, SLIDING, named_types
 from jaxpeft.models.rope import NO_ROPE
 
 

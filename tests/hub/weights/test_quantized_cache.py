@@ -37,7 +37,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def base(reference: Any) -> Path:
-    return reference("llama", TASK).folder
+    return reference("llama", TASK, intermediate_size=64).folder
 
 
 @pytest.fixture
