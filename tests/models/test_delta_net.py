@@ -113,14 +113,14 @@ def test_the_state_is_that_of_the_last_token_before_padding(reference: Make) -> 
     )
     batch = long_batch("right")
     padded = read_layers(run(batch.ids, batch.mask))
-    assert [set(layer) for layer in padded] == [
-        {WINDOW, STATE},
-        {"keys", "values"},
-        {WINDOW, STATE},
-    ]
+    assert {name: set(own) for name, own in padded.items()} == {
+        "0": {WINDOW, STATE},
+        "1": {"keys", "values"},
+        "2": {WINDOW, STATE},
+    }
     for row, length in enumerate(LENGTHS[1:3], start=1):
         alone = read_layers(run(batch.ids[row : row + 1, :length], None))
-        for i in (0, 2):
+        for i in ("0", "2"):
             for name in (WINDOW, STATE):
                 np.testing.assert_allclose(
                     padded[i][name][row], alone[i][name][0], atol=1e-5, err_msg=f"{i} {name}"
