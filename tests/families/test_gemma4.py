@@ -31,6 +31,7 @@ def base(reference: Make) -> tuple[Any, Any]:
     return reference("gemma4_text", CAUSAL).load()
 
 
+@pytest.mark.slow
 def test_layers_that_share_keys_have_none(base: tuple[Any, Any]) -> None:
     model, params = base
     layers = params["model"]["layers"]
@@ -41,6 +42,7 @@ def test_layers_that_share_keys_have_none(base: tuple[Any, Any]) -> None:
     assert [own[KEYS].shape[-1] for own in read_layers(sown["past"]).values()] == [8, 16, 8]
 
 
+@pytest.mark.slow
 def test_keys_that_no_layer_uses_are_left_in_the_checkpoint(
     reference: Make, tmp_path: Path
 ) -> None:
@@ -90,6 +92,7 @@ def test_a_prefix_fits_no_layers_with_more_heads_than_the_widest(reference: Make
         jaxpeft.rewrite(jaxpeft.PrefixTuning(), params, jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_a_prefix_of_unequal_layers_starts_from_no_tokens(base: tuple[Any, Any]) -> None:
     model, params = base
     method = jaxpeft.PrefixTuning(num_virtual_tokens=2, init_tokens=(7, 8))

@@ -256,6 +256,7 @@ LONG = [
 ]
 
 
+@pytest.mark.slow
 def test_case_26_rows_cut_before_any_label_are_dropped_counted_and_too_many_refused(
     chats: Any, marks: Marks
 ) -> None:

@@ -47,6 +47,7 @@ def test_products_of_nf4_codes_are_those_of_the_decoded_kernel() -> None:
     assert error < 2**-8 * np.abs(exact).mean()
 
 
+@pytest.mark.slow
 def test_scales_without_double_quantization_are_used_as_they_are() -> None:
     x, leaves = draw(0, 3, 256), dict(nf4.store(draw(1, 256, 64)))
     absmax = jax.random.uniform(jax.random.key(2), leaves["kernel_nf4_absmax"].shape)

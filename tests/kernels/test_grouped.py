@@ -44,6 +44,7 @@ def test_it_is_the_product_of_each_group(how: Any, sizes: tuple[int, ...]) -> No
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.representatives("some empty")
 def test_its_gradients_are_those_of_each_group(sizes: tuple[int, ...]) -> None:
     x, kernel, given = drawn(sizes)
 
@@ -66,6 +67,7 @@ def test_the_number_of_products_does_not_grow_with_that_of_groups() -> None:
 
 @pytest.mark.parametrize("form", QUANTIZED)
 @pytest.mark.representatives("nf4")
+@pytest.mark.slow
 def test_quantized_kernels_compute_as_their_decoded_ones(form: str) -> None:
     sizes = (5, 0, 27)
     x, kernel, given = drawn(sizes)

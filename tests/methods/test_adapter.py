@@ -84,6 +84,7 @@ class Plain(nn.Module):
         return nn.DenseGeneral((2, 4), name="out")(nn.Dense(6, name="mid")(x))
 
 
+@pytest.mark.slow
 def test_a_module_that_joins_nothing_is_adapted_on_its_output_alone() -> None:
     x, model = random(3, 5), Plain()
     params = adapted(
@@ -183,6 +184,7 @@ def test_some_layers_of_a_stack_compute_as_unrolled_and_the_others_as_the_base()
         assert np.asarray(grads[key])[1].any(), key
 
 
+@pytest.mark.slow
 def test_dropout_is_on_what_the_adapter_gives() -> None:
     x, model = random(4, 50, 5), Plain()
     params = adapted(model, jaxpeft.Adapter(placement="houlsby", targets=("mid",), dropout=0.5), x)
@@ -205,6 +207,7 @@ def test_dropout_is_on_what_the_adapter_gives() -> None:
     np.testing.assert_array_equal(plain, jaxpeft.apply(model, params, x))
 
 
+@pytest.mark.slow
 def test_every_row_has_an_adapter_of_its_own() -> None:
     model, base = load("bert", task="encoder", scan_layers=True)
     method = jaxpeft.Adapter(placement="parallel", reduction_factor=4)

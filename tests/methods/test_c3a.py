@@ -19,6 +19,7 @@ pytestmark = quiet
 SITES = ("q_proj", "down_proj")
 
 
+@pytest.mark.slow
 def test_block_sizes_by_site_go_both_ways(reference: Any, tmp_path: Path) -> None:
     sizes = {"mlp.down_proj": 16}
     method = jaxpeft.C3A(block_size=4, targets=SITES, block_size_pattern=sizes)

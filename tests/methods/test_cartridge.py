@@ -31,6 +31,7 @@ def test_the_first_positions_are_frozen() -> None:
         assert method.table(params).shape == (5, 2, 2, 16)
 
 
+@pytest.mark.slow
 def test_one_that_starts_from_tokens_is_the_tokens_in_front_of_the_row() -> None:
     model, base = load("llama")
     method = jaxpeft.Cartridge(num_virtual_tokens=4, frozen_tokens=1, init_tokens=(7, 8, 9))

@@ -80,6 +80,7 @@ def test_value_and_gradients_are_those_of_peft() -> None:
     np.testing.assert_allclose(grads["dora_magnitude"], theirs[2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_is_on_all_but_the_bases_own_product() -> None:
     model, params = site(dropout=0.5)
     own, x = params["proj"], random(4, 8)
@@ -205,6 +206,7 @@ def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> Non
 @quiet
 @pytest.mark.parametrize("start", ["pissa", "olora", "gaussian", "orthogonal"])
 @pytest.mark.representatives("olora")
+@pytest.mark.slow
 def test_other_starts_are_the_base_and_are_saved_as_what_peft_loads(
     reference: Any, tmp_path: Path, start: Any
 ) -> None:

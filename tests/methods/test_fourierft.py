@@ -19,6 +19,7 @@ pytestmark = quiet
 SITES = ("q_proj", "down_proj")
 
 
+@pytest.mark.slow
 def test_another_seed_and_numbers_by_site_go_both_ways(reference: Any, tmp_path: Path) -> None:
     numbers = {"mlp.down_proj": 12}
     method = jaxpeft.FourierFT(

@@ -21,6 +21,7 @@ pytestmark = quiet
 SITES = ("q_proj", "down_proj")
 
 
+@pytest.mark.slow
 def test_four_blocks_without_a_plain_lora_go_both_ways(reference: Any, tmp_path: Path) -> None:
     method = jaxpeft.GraLoRA(rank=8, blocks=4, alpha=12.0, targets=SITES, layers_to_transform=(0,))
     options = {

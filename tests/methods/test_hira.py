@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 import jaxpeft
 from tests.core.helpers import load, run
@@ -17,6 +18,7 @@ pytestmark = quiet
 SITES = ("q_proj", "down_proj")
 
 
+@pytest.mark.slow
 def test_chosen_layers_go_both_ways_and_ranks_by_site_say_nothing(
     reference: Any, tmp_path: Path
 ) -> None:

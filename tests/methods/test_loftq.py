@@ -63,6 +63,7 @@ def test_a_and_b_begin_as_the_largest_part_of_what_the_base_lost(
     assert after < 0.9 * before
 
 
+@pytest.mark.slow
 def test_a_site_that_is_not_quantized_starts_as_lora_does(reference: Any) -> None:
     model, original = reference("llama", "causal_lm").load()
     method = jaxpeft.LoRA(rank=2, init_weights="loftq", targets=("q_proj", "embed_tokens"))

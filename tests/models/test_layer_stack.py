@@ -113,6 +113,7 @@ def test_a_pattern_generates_the_tokens_of_unrolled_layers(several: Any) -> None
 
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
 @pytest.mark.representatives("products")
+@pytest.mark.slow
 def test_the_gradients_of_a_pattern_are_those_of_unrolled_layers(
     reference: Any, remat: str
 ) -> None:

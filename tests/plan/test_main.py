@@ -216,6 +216,7 @@ def test_every_strategy_on_a_cpu(tmp_path):
     assert "memory in GiB per device" in printed
 
 
+@pytest.mark.slow
 def test_a_gpu_that_is_not_there_is_planned_by_arithmetic(tmp_path):
     found, printed = planned(tmp_path, "--topology", "h100:8", "--strategies", "fsdp", **NARROW)
     (row,) = found["rows"]

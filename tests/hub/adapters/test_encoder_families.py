@@ -144,6 +144,7 @@ def test_the_default_targets_of_ia3_are_those_of_peft(reference, tmp_path):
 )
 @pytest.mark.parametrize("name", ["lora", "adapter"])
 @pytest.mark.representatives("lora-convolution")
+@pytest.mark.slow
 def test_a_saved_adapter_is_the_same_again_and_merges(reference, tmp_path, kind, name, switches):
     torch_model = reference(kind, TASK, **switches)
     model, base = torch_model.load()
