@@ -211,8 +211,11 @@ def test_fields_of_experts_that_an_earlier_version_did_not_write_have_their_defa
     jaxpeft.save_adapter(tmp_path / "a", method, params, model)
 
     def earlier(content):
-        for name in ("router", "bias", "stacked", "clamp"):
-            del content["base_config"]["mixture"][name]
+        mixture = content["base_config"]["mixture"]
+        for name in ("shared", "bias", "stacked", "clamp"):
+            del mixture[name]
+        for name in ("name", "bias"):
+            del mixture["routing"][name]
 
     edit_json(tmp_path / "a" / "jaxpeft.json", earlier)
     jaxpeft.load_adapter(tmp_path / "a", model, base)
