@@ -69,7 +69,7 @@ def _field_defaults(value: Any) -> dict[str, Any]:
 def _filled(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
     """Return values completed by defaults, those of parts inside."""
     return {**usual, **values} | {
-        name: {**usual[name], **part}
+        name: _filled(part, usual[name])
         for name, part in values.items()
         if isinstance(part, Mapping) and isinstance(usual.get(name), Mapping)
     }
