@@ -36,12 +36,14 @@ class ModernBertConfig:
     """The architecture of a ModernBERT.
 
     Attributes:
+        kind: its `model_type`.
         layer_types: `full_attention` or `sliding_attention` of each layer.
         reach: the farthest position that a query of a sliding layer attends to, on either side.
         ropes: rotary frequencies by layer type.
         own_pooling: pooling of the sequence classifier.
     """
 
+    kind: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -87,6 +89,7 @@ def read_config(
     reader.check_quantization()
     layers = reader.integer("num_hidden_layers", most=MOST_LAYERS)
     found = ModernBertConfig(
+        kind=config["model_type"],
         vocab_size=reader.integer("vocab_size"),
         hidden_size=reader.integer("hidden_size"),
         intermediate_size=reader.integer("intermediate_size"),
