@@ -52,14 +52,14 @@ def applies(x: Any, size: int, width: int) -> bool:
 def dot_general(x: Any, kernel: Any, dimensions: Any, **options: Any) -> Any:
     """Compute `jax.lax.dot_general`; on GPUs, products of few rows by a program."""
     last = ((x.ndim - 1,), (0,)), ((), ())
-    if kernel.ndim != 2 or dimensions != last or kernel.dtype != x.dtype:
-        return jax.lax.dot_general(x, kernel, dimensions, **options)
-    if not applies(x, *kernel.shape):
-        return jax.lax.dot_general(x, kernel, dimensions, **options)
 
     def usual(x: Any, kernel: Any) -> Any:
         return jax.lax.dot_general(x, kernel, dimensions, **options)
 
+    if kernel.ndim != 2 or dimensions != last or kernel.dtype != x.dtype:
+        return usual(x, kernel)
+    if not applies(x, *kernel.shape):
+        return usual(x, kernel)
     return on_gpu(lambda x, kernel: _products(x, kernel)[0], usual, x, kernel)
 
 
@@ -163,11 +163,8 @@ def run_panels(
     ends = [*itertools.accumulate(width // OUTPUTS for width in widths)]
 
     def program(*refs: Any) -> None:
-        given, rest, outs = (
-            refs[: len(rows)],
-            [*refs[len(rows) : -len(widths)]],
-            refs[-len(widths) :],
-        )
+        given, outs = refs[: len(rows)], refs[-len(widths) :]
+        rest = refs[len(rows) : -len(widths)]
         number, which = pl.program_id(0), pl.program_id(1)
         for begin, end, own, out in zip((0, *ends), ends, stored, outs, strict=False):
             leaves, rest = rest[: len(own)], rest[len(own) :]

@@ -128,9 +128,8 @@ class Linear(nn.Dense):
     def together(self, x: Array, *others: nn.Dense) -> tuple[Array, ...]:
         """Return the outputs of this module and of others for `x`."""
         modules = (self, *others)
-        if self.is_initializing() or any(
-            set(each.variables["params"]) != {"kernel"} for each in modules
-        ):
+        plain = (set(each.variables.get("params", {})) == {"kernel"} for each in modules)
+        if not few_rows.joins(x, [each.features for each in modules]) or not all(plain):
             return tuple(each(x) for each in modules)
         leaves = (each.get_variable("params", "kernel") for each in modules)
         x, *kernels = promote_dtype(x, *leaves, dtype=self.dtype)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpeft.kernels import few_rows
 from jaxpeft.models.attention import attend
-from jaxpeft.models.layers import dropout
+from jaxpeft.models.layers import Linear, dropout
 from jaxpeft.models.masks import Mask
 
 
@@ -95,3 +96,36 @@ def test_a_row_that_may_see_nothing_gives_an_average():
     )
     out = _Attended().apply({}, q, k, v, np.zeros((1, 1, 2, 2), bool))
     np.testing.assert_allclose(out, np.full((1, 2, 4), 0.5))
+
+
+class _Together(nn.Module):
+    def setup(self) -> None:
+        self.first, self.second = (
+            Linear(width, use_bias=False, dtype=jnp.bfloat16) for width in (64, 128)
+        )
+
+    def __call__(self, x: Any) -> tuple[Any, ...]:
+        return self.first.together(x, self.second)
+
+
+@pytest.mark.parametrize("backend", ["gpu", "cpu"])
+@pytest.mark.parametrize("rows", [3, 65])
+def test_only_few_rows_on_a_gpu_are_computed_together(
+    monkeypatch: pytest.MonkeyPatch, backend: str, rows: int
+) -> None:
+    x = jax.random.normal(jax.random.key(0), (rows, 256)).astype(jnp.bfloat16)
+    params = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), _Together().init(jax.random.key(1), x)
+    )
+    calls: list[int] = []
+    products = few_rows.products
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(
+        few_rows,
+        "products",
+        lambda x, kernels: (calls.append(len(kernels)), products(x, kernels))[1],
+    )
+    found = _Together().apply(params, x)
+    assert calls == ([2] if backend == "gpu" and rows == 3 else [])
+    for y, name in zip(found, ("first", "second"), strict=True):
+        np.testing.assert_array_equal(y, x @ params["params"][name]["kernel"])
