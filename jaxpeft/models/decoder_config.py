@@ -154,6 +154,11 @@ class DecoderConfig:
         return self.per_layer[index] if self.per_layer else self
 
     @property
+    def with_keys(self) -> DecoderConfig:
+        """The architecture of a layer that computes its own keys, as the only layer of a model."""
+        return replace(self, keys_of=None)
+
+    @property
     def own_pooling(self) -> str:
         """The pooling of the sequence classifier in `transformers`."""
         return "last"

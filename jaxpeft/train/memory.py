@@ -79,7 +79,8 @@ def estimate(
     model, options = outline.model, outline.model.options
     size, tensor = jnp.dtype(options.dtype).itemsize, _along(where, TENSOR)
     layers, stream = model.config.num_hidden_layers, rows * length * model.config.hidden_size * size
-    alike = Counter(getattr(model.config, "per_layer", ())) or Counter({model.config: layers})
+    kinds = Counter(layer.with_keys for layer in getattr(model.config, "per_layer", ()))
+    alike = kinds or Counter({model.config: layers})
     total, one_layer = Counter[str](), 0
     for config, count in alike.items():
         marked = _marked(model.clone(config=config), rows, length, tensor)

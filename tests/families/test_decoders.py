@@ -16,8 +16,11 @@ import pytest
 import jaxpeft
 from jaxpeft.core.paths import walk
 from jaxpeft.export.export import ExportRequest, export
+from jaxpeft.hub.loading import outline
+from jaxpeft.hub.model_request import ModelRequest
 from jaxpeft.models.decoder_families import DECODER_FAMILIES
 from jaxpeft.models.masks import positions
+from jaxpeft.train import memory
 from tests.export.making import assert_close, ours, theirs
 from tests.hub.helpers import peft_load, peft_save, torch_base, trained
 from tests.inference.test_generation import MOST, PROMPTS
@@ -227,6 +230,14 @@ def test_documents_in_one_row_do_not_see_each_other(reference: Make, kind: str, 
     for part, rows in ((slice(0, len(first)), first), (slice(len(first), None), second)):
         alone = forward(model, params, np.asarray([rows], np.int32), None)
         assert_close(np.asarray(packed)[:, part], np.asarray(alone))
+
+
+@every_family
+@pytest.mark.representatives("gemma4_text")
+def test_the_activations_of_layers_are_estimated_one_by_one(reference: Make, kind: str) -> None:
+    outlined = outline(reference(kind, CAUSAL).folder, ModelRequest(CAUSAL))
+    kept = memory.estimate(outlined, 0, 2, 16).kept
+    assert 0 < kept["full"] < kept["attention"] < kept["products"]
 
 
 @every_family
