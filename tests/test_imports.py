@@ -172,6 +172,7 @@ def test_every_command_is_a_folder_with_a_command_line() -> None:
         assert callable(module.main) and dataclasses.is_dataclass(module.ARGUMENTS)
 
 
+@pytest.mark.slow
 def test_every_public_name_can_be_imported_first() -> None:
     # one name of each module stands for the others of it, and one method for all: they come from
     # one table

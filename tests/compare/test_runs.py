@@ -256,6 +256,7 @@ def test_two_comparisons_at_once_in_one_folder_are_refused(config: Config, tmp_p
 # ------------------------------------------------------------------------------------------ one run
 
 
+@pytest.mark.slow
 def test_a_run_leaves_its_figures_and_no_checkpoints(
     make_config: MakeConfig, tmp_path: Path
 ) -> None:

@@ -30,6 +30,10 @@ def logits() -> Logits:
 
 
 @every_method
+@pytest.mark.representatives(
+    *("lora", "dora", "ia3", "ln_tuning", "trainable_tokens", "lokr", "vera", "adalora", "shira"),
+    *("oft", "hra", "road", "prefix", "prompt", "ptuning", "miss"),
+)
 def test_jaxpeft_gives_the_logits_that_peft_gave(logits: Logits, name: str) -> None:
     assert (FOLDER / name).is_dir(), f"make it: python -m tests.conformance.golden '{name}'"
     case = GOLDEN[name]

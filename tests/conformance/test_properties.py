@@ -250,7 +250,7 @@ def quantized_base(kind: str, scan: bool) -> tuple[Any, Any]:
 
 
 @every_method(scan=True, kind="llama")
-@pytest.mark.representatives("lora-*", "oft-*", "prefix-*", "ln_tuning-*")
+@pytest.mark.representatives("lora-*", "oft-*", "prefix-*")
 def test_it_computes_on_a_quantized_base(subject: Subject) -> None:
     why = on_quantized(
         subject.method, subject.model, quantized_base(subject.kind, subject.scan), mover(subject)

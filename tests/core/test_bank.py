@@ -190,6 +190,7 @@ def test_what_does_not_fit_is_named() -> None:
         merged(pair_of((3, 3)), "mean")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.representatives("scanned")
 def test_a_cat_merge_of_a_model_computes_the_weighted_sum_of_the_updates(scan: bool) -> None:

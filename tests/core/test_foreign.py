@@ -265,6 +265,7 @@ def test_what_no_method_adapts_is_named() -> None:
         jaxpeft.apply(model, unseen, x)
 
 
+@pytest.mark.slow
 def test_layers_that_are_stacked_along_another_axis_are_refused() -> None:
     class Behind(nn.Module):
         @nn.compact
@@ -415,6 +416,7 @@ class Cell(nn.Module):
         return nn.tanh(nn.Dense(4, name="m")(x)), None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("called", ["layers", "stack"])
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.representatives("3-stack")

@@ -41,6 +41,7 @@ def test_there_are_a_thousand_rows_of_twelve_labels_in_three_splits(
         assert min(labels[split].values()) >= 5
 
 
+@pytest.mark.slow
 def test_no_two_rows_are_nearly_the_same(rows: dict[str, list[tuple[str, str]]]) -> None:
     texts = [text for split in SPLITS for text, _ in rows[split]]
     for shared, most in ((words, 0.6), (grams, 0.5)):

@@ -22,6 +22,7 @@ __all__ = ["tiny_models"]
 DOCS = Path(__file__).parents[2] / "docs"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_both_examples_of_your_own_model_run() -> None:
     codes = re.findall(r"```python\n(.*?)```", (DOCS / "your_own_model.md").read_text(), re.DOTALL)

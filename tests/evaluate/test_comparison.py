@@ -58,6 +58,7 @@ def test_a_classifier_whose_base_has_no_head_is_compared_with_a_constant(trained
     assert "constant answer" in shown and "< 0.04  better" in shown
 
 
+@pytest.mark.slow
 def test_two_adapters_are_compared_by_row(trained, evaluate, tmp_path):
     run = trained("single")
     other = tmp_path / "other"
@@ -91,6 +92,7 @@ def test_two_adapters_are_compared_by_row(trained, evaluate, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_an_adapter_equals_itself(trained, evaluate):
     run = trained("single")
     found, _ = evaluate("--adapter", run.folder, "--data", run.rows, "--against", run.folder)

@@ -50,6 +50,7 @@ def _log_softmax(logits):
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
+@pytest.mark.slow
 def test_without_prompts_no_answers_are_generated(trained, evaluate, tmp_path):
     run = trained("answers")
     general = write_rows(tmp_path / "general.jsonl", "text", 4)

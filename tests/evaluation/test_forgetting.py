@@ -70,6 +70,7 @@ def test_what_is_lost_is_positive_where_it_is_worse() -> None:
     assert Forgetting("loss", 2.0, 2.5).lost == pytest.approx(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 @pytest.mark.representatives("llama")
 def test_embeddings_are_means_of_the_encoders_hidden_states(

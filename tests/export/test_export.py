@@ -75,7 +75,7 @@ MERGED = {
 
 
 @pytest.mark.parametrize(("method", "kind", "task", "scan"), MERGED.values(), ids=MERGED)
-@pytest.mark.representatives("dora llama scanned", "methods at one site", "biases")
+@pytest.mark.representatives("dora llama scanned", "methods at one site")
 def test_transformers_gives_the_logits_of_the_adapter_beside_its_base(
     make, tmp_path, method, kind, task, scan
 ):
@@ -204,6 +204,7 @@ def test_tokenizer_and_generation_config_come_along(make, tmp_path, reference):
     assert "tokenizer_config.json" in names(tmp_path / "again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "pooling", "own"),
     [
@@ -261,6 +262,7 @@ def test_what_was_merged_is_recorded(make, tmp_path):
 # -------------------------------------------------------------------------------------------- dtype
 
 
+@pytest.mark.slow
 def test_bfloat16_warns_of_what_it_rounds_off(make, tmp_path, caplog):
     made = make(size=0.005)
     report = made.export(tmp_path / "merged", dtype="bfloat16")
@@ -291,6 +293,7 @@ def test_the_error_is_that_of_all_changed_weights(make, tmp_path):
     np.testing.assert_allclose(report.error, np.sqrt(error / change), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_base_s_dtype_is_kept_unless_another_is_asked_for(make, tmp_path, reference, caplog):
     def to_bfloat16(tensors):
         tensors.update({name: t.astype(jnp.bfloat16) for name, t in tensors.items()})

@@ -87,7 +87,7 @@ def softmax(x):
         ("multi_label_classification", lambda x: 1 / (1 + np.exp(-x))),
     ],
 )
-@pytest.mark.representatives("single*softmax-bert", "multi*bert")
+@pytest.mark.representatives("multi*bert")
 def test_the_pipeline_gives_the_labels_and_scores(exported, problem, score, kind):
     folder, logits = exported(
         SEQUENCE, kind, Settings(problem_type=problem, pad_token_id=0), LABELS, num_labels=3
@@ -105,6 +105,7 @@ def test_the_pipeline_gives_the_labels_and_scores(exported, problem, score, kind
     }
 
 
+@pytest.mark.slow
 def test_the_pipeline_gives_the_number_of_a_regression(exported):
     folder, logits = exported(SEQUENCE, settings=Settings(problem_type="regression"), num_labels=1)
     (found,) = pipeline("text-classification", folder)(TEXTS[0])

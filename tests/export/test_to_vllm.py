@@ -48,6 +48,7 @@ def test_vllm_and_peft_compute_the_adapter_s_logits(make, tmp_path, method):
     assert report.gap < 1e-4 < report.change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.representatives("qwen3")
 def test_every_family_that_it_serves(make, tmp_path, record_property, kind):

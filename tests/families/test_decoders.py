@@ -83,7 +83,7 @@ def targets(kind: str) -> tuple[str, ...]:
 
 @every_family
 @lora_or_dora
-@pytest.mark.representatives("lora-scanned-phi3", "dora-unrolled-gemma3_text")
+@pytest.mark.representatives("lora-scanned-phi3")
 def test_an_adapter_of_peft_gives_its_logits_and_gradients(
     reference: Make, tmp_path: Path, kind: str, scan: bool, dora: bool
 ) -> None:
@@ -99,7 +99,7 @@ def test_an_adapter_of_peft_gives_its_logits_and_gradients(
 
 @every_family
 @lora_or_dora
-@pytest.mark.representatives("dora-scanned-glm4", "lora-unrolled-gemma2")
+@pytest.mark.representatives("lora-unrolled-gemma2")
 def test_peft_gives_the_logits_of_an_adapter_of_jaxpeft(
     reference: Make, tmp_path: Path, kind: str, scan: bool, dora: bool
 ) -> None:
@@ -219,7 +219,7 @@ def test_eight_devices_give_the_logits_of_one(
 
 @every_family
 @both_stacks
-@pytest.mark.representatives("unrolled-gemma3_text", "scanned-smollm3")
+@pytest.mark.representatives("scanned-smollm3")
 def test_documents_in_one_row_do_not_see_each_other(reference: Make, kind: str, scan: bool) -> None:
     model, params = reference(kind, CAUSAL).load(scan_layers=scan)
     first, second = PROMPTS[2], [60, 61, 62, 63, 64, 65, 66]
@@ -241,7 +241,7 @@ def test_the_activations_of_layers_are_estimated_one_by_one(reference: Make, kin
 
 
 @every_family
-@pytest.mark.representatives("gemma4_text")
+@pytest.mark.representatives("gemma2")
 def test_greedy_tokens_are_those_of_transformers(reference: Make, kind: str) -> None:
     made = reference(kind, CAUSAL)
     wanted = generated(made.model, PROMPTS)

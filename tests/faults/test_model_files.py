@@ -311,6 +311,7 @@ def test_case_38_a_pickled_adapter_is_refused_and_not_read(
     assert not (tmp_path / "canary").exists()
 
 
+@pytest.mark.slow
 def test_case_38_code_in_a_model_folder_is_not_run_whatever_its_config_asks(
     job: Job, whole: Job, marks: Marks, model: Path, tmp_path: Path
 ) -> None:

@@ -61,6 +61,7 @@ def test_case_24_a_batch_that_is_not_finite_is_skipped_and_counted(
     _goes_on(job, marks)
 
 
+@pytest.mark.slow
 def test_case_25_several_in_a_row_stop_the_run_with_their_place_and_a_finite_checkpoint(
     job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

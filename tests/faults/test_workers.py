@@ -63,6 +63,7 @@ def test_case_31_a_worker_that_ends_or_hangs_is_told(
     _goes_on(job, marks, done, monkeypatch)
 
 
+@pytest.mark.slow
 def test_case_31_a_worker_that_raises_is_told_with_its_own_error(
     job: Job, marks: Marks, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,7 @@ def test_rows_are_written_with_their_completions(
     assert [r["completion"] for r in rows_of(base)] != [r["completion"] for r in found]
 
 
+@pytest.mark.slow
 def test_several_samples_and_log_probabilities(
     adapter: Path, tmp_path: Path, write_jsonl: Callable[..., str]
 ) -> None:

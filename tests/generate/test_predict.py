@@ -60,6 +60,7 @@ def write_csv(path: Path, **columns: list[Any]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_classifier_gives_labels_with_probabilities(
     make: Make, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

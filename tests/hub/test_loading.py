@@ -387,7 +387,7 @@ def test_a_script_that_sets_up_no_logging_is_told_what_is_loaded(reference):
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.representatives("scanned-llama", "unrolled-bert")
+@pytest.mark.representatives("unrolled-bert")
 def test_added_tokens_begin_as_the_mean_and_are_trained_saved_and_loaded(
     reference: Any, tmp_path: Path, kind: str, scan: bool
 ) -> None:

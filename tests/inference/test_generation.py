@@ -90,6 +90,7 @@ def test_the_ends_are_those_of_the_files(reference: Callable[..., Reference]) ->
     assert ends_of(load("llama")[0], None) == frozenset()
 
 
+@pytest.mark.slow
 def test_every_row_of_a_batch_uses_its_own_adapter() -> None:
     model, base = load("llama")
     methods = [jaxpeft.LoRA(rank=r, targets=("q_proj", "v_proj")) for r in (2, 4)]

@@ -87,6 +87,7 @@ def test_quantized_kernels_compute_as_their_decoded_ones(form: str) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_result_has_the_dtype_of_the_rows() -> None:
     x, kernel, sizes = drawn((3, 5), jnp.bfloat16)
     assert grouped.product(x, kernel.astype(jnp.float32), sizes).dtype == jnp.bfloat16

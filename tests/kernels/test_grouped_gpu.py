@@ -50,6 +50,7 @@ def test_the_programs_lower_for_gpus() -> None:
     assert "grouped_sums" in text
 
 
+@pytest.mark.slow
 def test_other_shapes_and_platforms_use_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     x, kernel = draw(0, 64, 32), draw(1, 2, 32, 16)
     assert not grouped_gpu.applies(x, kernel)

@@ -22,6 +22,7 @@ def normal(*shape: int) -> Any:
     return jnp.asarray(RNG.normal(size=shape), jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [None, *QUANTIZED])
 @pytest.mark.representatives("nf4")
 def test_they_are_the_sums_of_both_products_and_so_are_the_gradients(form: str | None) -> None:

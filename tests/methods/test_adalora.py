@@ -332,6 +332,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.representatives("schedule")

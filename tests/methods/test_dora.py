@@ -189,6 +189,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.filterwarnings("ignore:Setting .save_embedding_layers. to .True.:UserWarning")
 @pytest.mark.parametrize("name", VARIANTS)

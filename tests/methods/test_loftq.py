@@ -26,6 +26,7 @@ def started(method: Any, model: Any, base: Any) -> Any:
     return method.start(jaxpeft.rewrite(method, base, KEY), Start(model, base, KEY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("name", ["lora", "lora_fa"])
 @pytest.mark.representatives("lora-True")

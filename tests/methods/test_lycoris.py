@@ -56,6 +56,7 @@ def test_lokr_splits_numbers_as_peft_does(n: int, near: int) -> None:
     assert factors(n, near) == factorization(n, near)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "config", "theirs"),
     [

@@ -70,6 +70,7 @@ def build(kind: str, scan: bool, **switches: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize(
     ("kind", "switches"), [("llama", {}), ("qwen3", {}), ("mistral", {"sliding_window": 6})]
@@ -163,6 +164,7 @@ def test_dropout_acts_on_the_prompts_of_each_row_in_training_only() -> None:
     np.testing.assert_allclose(rows, jnp.stack([one, other]), atol=2e-5)
 
 
+@pytest.mark.slow
 @quiet
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 @pytest.mark.representatives("bert")
@@ -200,6 +202,7 @@ def test_how_a_prefix_began_is_not_read(reference: Any, tmp_path: Any) -> None:
     assert method == jaxpeft.PrefixTuning(num_virtual_tokens=3)
 
 
+@pytest.mark.slow
 def test_a_part_of_a_mixed_method_is_read_as_what_its_file_is(tmp_path: Any) -> None:
     model, base = load("bert", scan_layers=True)
     parts = (

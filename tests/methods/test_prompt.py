@@ -43,6 +43,7 @@ def test_a_prompt_starts_as_rows_of_the_word_embedding(kind: str, scan: bool) ->
     assert abs(normal.std() - 1) < 0.1
 
 
+@pytest.mark.slow
 def test_a_prompt_of_tokens_is_the_tokens_in_front_of_the_row() -> None:
     model, base = load("llama")
     method = jaxpeft.PromptTuning(num_virtual_tokens=3, init_tokens=(7, 8, 9))

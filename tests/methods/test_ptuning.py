@@ -38,6 +38,7 @@ def torch_names(encoder: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("encoder", ["mlp", "lstm"])
+@pytest.mark.representatives("mlp")
 def test_the_networks_are_those_of_peft(encoder: Any) -> None:
     import torch
     from peft import PromptEncoder, PromptEncoderConfig

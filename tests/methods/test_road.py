@@ -20,6 +20,7 @@ pytestmark = quiet
 SITES = ["q_proj", "down_proj"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "group"), [("road_1", 4), ("road_4", 8)])
 @pytest.mark.representatives("road_4-8")
 def test_files_of_the_other_variants_go_both_ways(

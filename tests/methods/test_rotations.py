@@ -57,6 +57,7 @@ def rotation(method: Any, n: int, size: float = 0.3) -> Any:
         (jaxpeft.HRA(rank=3, gram_schmidt=True), 2e-6),
     ],
 )
+@pytest.mark.representatives("method2-*", "method4-*")
 def test_the_input_is_multiplied_with_an_orthogonal_matrix(method: Any, error: float) -> None:
     turned = rotation(method, 16, size=0.1)
     assert np.abs(turned - np.eye(16)).max() > 0.05
@@ -73,6 +74,7 @@ def test_hra_is_the_product_of_its_reflections() -> None:
     )
 
 
+@pytest.mark.slow
 def test_butterfly_factors_mix_inputs_that_no_block_holds() -> None:
     reach = [
         np.abs(rotation(jaxpeft.BOFT(block_size=4, factors=m), 32)) > 1e-6 for m in (1, 2, 3, 4)
@@ -156,6 +158,7 @@ def with_plain_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer, "FastBlockDiag", plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "config", "theirs"),
     [

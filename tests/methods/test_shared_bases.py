@@ -98,6 +98,7 @@ VARIANTS: dict[str, tuple[Any, str, str, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.representatives("vera biases")
 def test_variants_go_both_ways(reference: Any, tmp_path: Path, name: str) -> None:

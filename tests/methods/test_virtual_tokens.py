@@ -90,6 +90,7 @@ def test_a_packed_row_of_a_decoder_gives_the_logits_of_its_texts_alone(
     assert np.abs(together - run(base, ids, segment_ids=segments)[0]).max() > 0.02
 
 
+@pytest.mark.slow
 def test_an_encoder_packs_texts_behind_a_past_and_not_behind_a_prompt() -> None:
     model, base = load("bert", "token_classification")
     ids, segments = packed()
@@ -220,7 +221,7 @@ KINDS = {
 @quiet
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.representatives("mistral-prefix", "bert left-prompt")
+@pytest.mark.representatives("mistral-prefix")
 def test_models_tasks_and_paddings_against_the_real_peft(
     reference: Any,
     tmp_path: Any,
@@ -271,6 +272,7 @@ def test_distilbert_takes_prompts_as_the_real_peft_does(reference: Any, tmp_path
     np.testing.assert_allclose(forward(model, params, batch.ids, batch.mask), wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 @quiet
 def test_explicit_positions_are_shifted_by_a_prefix_as_in_the_real_peft(
     reference: Any, tmp_path: Any
@@ -288,6 +290,7 @@ def test_explicit_positions_are_shifted_by_a_prefix_as_in_the_real_peft(
     assert np.abs(wanted - counted)[real].max() > 1e-3
 
 
+@pytest.mark.slow
 @quiet
 def test_a_llama_classifier_reads_the_last_token_where_the_real_peft_reads_the_last_place(
     reference: Any,

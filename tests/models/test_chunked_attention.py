@@ -107,6 +107,7 @@ def test_some_of_the_queries_are_those_of_the_row(kind: str) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, right)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [32, 40])
 @pytest.mark.representatives("40")
 def test_a_row_that_sees_nothing_gives_an_average(block: int) -> None:

@@ -237,16 +237,11 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 )
 @pytest.mark.representatives(
     "gemma2-small-caps",
-    "gemma3_text-two-bases",
     "gemma4_text-plain",
     "phi3-longrope-long",
-    "glm4-plain",
     "qwen3_moe-window",
     "deepseek_v3-yarn",
     "granite-multipliers",
-    "olmo3-yarn",
-    "smollm3-window",
-    "gpt_oss-plain",
 )
 def test_a_causal_language_model_with_a_switch(parity, kind, switches):
     parity(kind, "causal_lm", **switches)

@@ -192,6 +192,7 @@ OLD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rewrite", "rope"), OLD, ids=[rewrite.__name__ for rewrite, _ in OLD])
 @pytest.mark.representatives("old_linear", "old_llama3")
 def test_the_older_spelling_of_rope(parity, rewrite, rope):

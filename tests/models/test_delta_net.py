@@ -40,6 +40,7 @@ def long_batch(side: str) -> Batch:
     return Batch(np.where(mask, ids, PAD).astype(np.int32), mask.astype(np.int32))
 
 
+@pytest.mark.slow
 def test_rows_longer_than_a_chunk_are_those_of_torch(reference: Make) -> None:
     made = reference(KIND, CAUSAL)
     batches = [long_batch("right"), long_batch("left")]

@@ -102,6 +102,7 @@ def test_a_pattern_with_prefixes_computes_as_unrolled_layers(several: Any) -> No
     assert_close(*outputs, 1e-6)
 
 
+@pytest.mark.slow
 def test_a_pattern_generates_the_tokens_of_unrolled_layers(several: Any) -> None:
     model, params, scanned, stacked = several
     found, wanted = (

@@ -31,6 +31,7 @@ def test_stories260k_gives_the_recorded_logits_and_text(assets, scan_layers):
     np.testing.assert_array_equal(np.argmax(run(ids)[0, start - 1 : -1], -1), ids[0, start:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.representatives("True")
 def test_minilm_gives_the_hidden_states_of_torch(minilm, scan_layers):

@@ -260,6 +260,7 @@ def test_where_every_strategy_is_refused_the_reasons_are_the_answer(tmp_path, ca
     assert capsys.readouterr().err.endswith(said)
 
 
+@pytest.mark.slow
 def test_nothing_fits(tmp_path, capsys):
     file, described = write(tmp_path, **NARROW)
     files = ["--config", str(file), "--model-config", str(described)]

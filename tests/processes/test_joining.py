@@ -62,6 +62,7 @@ def test_a_signal_ends_the_waiting_for_the_others(
     assert "stopped on request; there was nothing new to save" in (tmp_path / "said").read_text()
 
 
+@pytest.mark.slow
 def test_processes_of_mpirun_find_each_other_by_what_jax_reads_of_open_mpi() -> None:
     code = (
         "import os, jax; from jaxpeft.processes import clusters, distributed\npeers ="

@@ -25,6 +25,7 @@ every_form = pytest.mark.parametrize("form", QUANTIZED)
 both = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 
 
+@pytest.mark.slow
 @both
 @every_form
 @pytest.mark.representatives("fp8-unrolled")

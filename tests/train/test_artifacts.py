@@ -63,7 +63,7 @@ def end_of(run: Finished) -> str:
 
 
 @pytest.mark.parametrize("kind", ["single", "pair", "regression", "text", *ROWS])
-@pytest.mark.representatives("chat", "single")
+@pytest.mark.representatives("chat")
 def test_what_is_printed_at_the_end_predicts(
     request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:

@@ -48,6 +48,7 @@ print(jax.jit(lambda x: jnp.tanh(x) @ x)(jnp.ones((4, 4))).sum())
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_on_a_cpu_does_not_compile_again(tmp_path: Path) -> None:
     where = {"JAXPEFT_CACHE": str(tmp_path), "JAX_PLATFORMS": "cpu"}
     env = {

@@ -26,6 +26,7 @@ print(json.dumps(min(faults)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are"
 )

@@ -41,7 +41,7 @@ def made(
 @pytest.mark.parametrize(
     "most", [1, 3 * 37 * 3, 10**6], ids=["one position", "uneven chunks", "all at once"]
 )
-@pytest.mark.representatives("uneven chunks-*", "all at once-plain")
+@pytest.mark.representatives("uneven chunks-capped", "uneven chunks-smoothed")
 def test_chunks_give_the_loss_and_the_gradients_of_all_logits(
     entropy: CrossEntropy, most: int
 ) -> None:
@@ -129,6 +129,7 @@ def test_without_any_label_it_is_zero_and_so_is_its_gradient() -> None:
     assert float(total) == float(count) == 0 and not np.asarray(dx).any()
 
 
+@pytest.mark.slow
 def test_each_chunk_is_told_its_number() -> None:
     x, kernel, labels, weights = made(3, 10)
     seen = through_head(

@@ -97,6 +97,7 @@ def test_a_start_from_the_kernels_decomposes_each_of_them_once(
     assert len(seen) == layers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("candidate", "rate"),
     [
@@ -121,6 +122,7 @@ def test_a_candidate_is_trained_at_its_own_learning_rate(
     assert max(line.get("learning_rate", 0.0) for line in lines) == pytest.approx(rate)
 
 
+@pytest.mark.slow
 def test_a_finished_run_given_again_says_the_same(finished: Finished) -> None:
     lines, summary = (
         read_lines(finished.folder / "metrics.jsonl"),
@@ -198,6 +200,7 @@ def test_the_best_step_is_kept_not_the_last(overshot: Finished) -> None:
     assert math.isclose(result.test["loss"], by_step[result.best_step], rel_tol=1e-6)
 
 
+@pytest.mark.slow
 def test_patience_stops_early(overshot: Finished) -> None:
     result = overshot.result
     assert result.steps == result.best_step + 3 < 50

@@ -198,6 +198,7 @@ def test_bfloat16_compute_trains_float32_adapters() -> None:
     np.testing.assert_allclose(metrics["loss"], exact, rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_dropout_follows_the_seed_and_the_step() -> None:
     model, trainable, frozen = setup(jaxpeft.LoRA(rank=4, dropout=0.5))
     optimizer = optax.sgd(0.0)

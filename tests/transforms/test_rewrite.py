@@ -61,6 +61,7 @@ def moved(params: Any) -> Any:
     return paths.map_with_path(move, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.representatives("method2-scanned")
@@ -87,6 +88,7 @@ def test_scanned_and_unrolled_layers_start_from_the_same_numbers(method: Any) ->
     jax.tree.map(np.testing.assert_array_equal, unstack_layers(scanned), unrolled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [PATTERNED, PARTIAL])
 @pytest.mark.representatives("method0")
 def test_padding_stays_exactly_zero_in_training_and_gives_the_unrolled_numbers(method: Any) -> None:

@@ -121,6 +121,7 @@ def test_gradients_of_factors_are_those_of_peft(reference: Make, tmp_path: Path)
     assert compared == 2 * len(ALL) * made.model.config.num_hidden_layers
 
 
+@pytest.mark.slow
 def test_what_peft_shares_between_experts_must_be_equal(reference: Make, tmp_path: Path) -> None:
     made = reference(KIND, CAUSAL)
     some = jaxpeft.LoRA(rank=2, targets=r".*\.experts\.[01]\.down_proj")

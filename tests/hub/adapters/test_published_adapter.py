@@ -127,6 +127,7 @@ def test_it_is_converted_by_the_documented_command_and_merged_for_transformers(p
     assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
+@pytest.mark.slow
 def test_a_pickle_of_peft_is_converted_by_the_documented_command(save, tmp_path, no_unpickling):
     import torch
     from safetensors.torch import load_file as load_torch

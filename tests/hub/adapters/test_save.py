@@ -240,6 +240,7 @@ def test_all_linear_is_saved_as_the_names_it_stands_for(reference, tmp_path, opt
     assert_same(torch_model, peft_load(torch_model.folder, CAUSAL, tmp_path), model, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "distilbert", "roberta"])
 def test_all_linear_leaves_the_head_out_for_peft_too(reference, tmp_path, kind):
     """peft's own all-linear cannot be used with these heads, the names that jaxpeft saves can."""

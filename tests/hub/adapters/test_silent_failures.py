@@ -172,6 +172,7 @@ def test_row_12_an_adapter_is_not_saved_with_another_scaling_than_it_was_trained
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_row_15_a_merge_says_which_base_it_was_and_how_far_it_is_off(
     llama: Any, tmp_path: Path
 ) -> None:
@@ -197,6 +198,7 @@ def test_row_15_a_merge_says_which_base_it_was_and_how_far_it_is_off(
         )
 
 
+@pytest.mark.slow
 def test_row_16_what_bfloat16_swallows_is_measured_and_warned_of(
     llama: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -39,6 +39,7 @@ def trained(**options: Any) -> Any:
 
 
 @pytest.mark.parametrize(("kind", "on"), [("llama", False), ("llama", True), ("bert", False)])
+@pytest.mark.representatives("llama-True")
 def test_the_real_peft_reads_what_is_saved(
     reference: Any, tmp_path: Path, kind: str, on: bool
 ) -> None:
@@ -65,7 +66,7 @@ def test_the_real_peft_reads_what_is_saved(
     ],
 )
 @pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.representatives("True-llama-True-given1", "False-bert-False-given4")
+@pytest.mark.representatives("False-bert-False-given4")
 def test_what_the_real_peft_saved_is_read(
     reference: Any,
     tmp_path: Path,

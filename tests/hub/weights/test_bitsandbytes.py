@@ -163,6 +163,7 @@ def test_what_is_left_as_it_is_is_recorded(folder: Any) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_head_that_is_quantized_is_read_too(folder: Any) -> None:
     def head(tensors: Tensors) -> None:
         tensors |= packed("lm_head.weight", tensors.pop("lm_head.weight"), double=True)

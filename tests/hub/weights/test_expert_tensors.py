@@ -85,6 +85,7 @@ def test_each_leaf_has_the_bytes_of_the_file(quantized: Callable[..., Path]) -> 
     assert max(sizes) == module["kernel_mxfp4"].size * 2  # no expert is decoded
 
 
+@pytest.mark.slow
 @both_stacks
 @pytest.mark.representatives("scanned")
 def test_it_is_loaded_as_the_model_that_is_quantized_on_the_way(

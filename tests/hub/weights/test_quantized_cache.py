@@ -97,6 +97,7 @@ def test_it_holds_the_quantized_kernels_alone(root: Path, base: Path) -> None:
     assert {name.rpartition(".")[2] for name in held["sha256"]} == set(QUANTIZED["nf4"].leaves)
 
 
+@pytest.mark.slow
 def test_what_the_kernels_depend_on_is_told_apart(root: Path, base: Path, tmp_path: Path) -> None:
     hows = [
         "nf4",

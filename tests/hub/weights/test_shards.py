@@ -275,7 +275,7 @@ BASES = {"flat": (SIZES, (4, 2)), "rows": (WIDE, (2, 2)), "padded": (PADDED, (3,
     ("form", "base"),
     [*(("nf4", base) for base in BASES), *((form, "rows") for form in QUANTIZED if form != "nf4")],
 )
-@pytest.mark.representatives("nf4-flat-both-scanned", "fp8-rows-rows-unrolled")
+@pytest.mark.representatives("fp8-rows-rows-unrolled")
 def test_codes_and_scales_are_bit_by_bit_those_of_one_device(
     reference: Any, form: Any, way: str, scan: bool, base: str
 ) -> None:
