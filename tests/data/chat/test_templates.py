@@ -29,6 +29,10 @@ from tests.data.chat.chats import CHATS, TEMPLATES, USER, tokenizer_of
 TOKENS = {"bos_token": "<s>", "eos_token": "</s>"}
 
 
+STOPPED = "too much memory|takes more than 2 s"
+"""A slow machine reaches the limit of time first."""
+
+
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("family", [*(f for f in TEMPLATES if f != "headers"), "chatml"])
 @pytest.mark.parametrize("generate", [False, True])
@@ -108,7 +112,7 @@ def test_the_day_does_not_change_the_tokens() -> None:
                 "{% set a = 'a' * 4000000 %}{% for i in range(9999) %}{% if a.count(a[1:] + 'b')"
                 " %}{% endif %}{% endfor %}"
             ),
-            "takes more",
+            STOPPED,
             True,
         ),
         pytest.param(
@@ -127,15 +131,15 @@ def test_the_day_does_not_change_the_tokens() -> None:
             marks=pytest.mark.slow,
         ),
         ("{{ ('<' * 9000000) | e }}", "writes more than 10,000,000 characters", True),
-        ("{{ ('a' * 9000000) | replace('a', 'b' * 9000000) }}", "too much memory", True),
-        ("{{ ('a\n' * 99) | indent(3 * 10**8) }}", "too much memory", True),
-        ("{{ range(9999) | list | tojson(indent=10**6) }}", "too much memory", True),
+        ("{{ ('a' * 9000000) | replace('a', 'b' * 9000000) }}", STOPPED, True),
+        ("{{ ('a\n' * 99) | indent(3 * 10**8) }}", STOPPED, True),
+        ("{{ range(9999) | list | tojson(indent=10**6) }}", STOPPED, True),
         (
             (
                 "{% set n = namespace(x='a' * 999) %}{% for i in range(99) %}{% set n.x = n.x ~ n.x"
                 " %}{% endfor %}"
             ),
-            "too much memory",
+            STOPPED,
             True,
         ),
         (
@@ -143,7 +147,7 @@ def test_the_day_does_not_change_the_tokens() -> None:
                 "{% macro f(n) %}{% for i in range(9) %}{{ f(n + 1) }}{% endfor %}{% endmacro %}{{"
                 " f(0) }}"
             ),
-            "too much memory",
+            STOPPED,
             True,
         ),
         ("{{ messages[7].content }}", "fails", False),
