@@ -32,6 +32,10 @@ def add_adapter(
     for part in method.parts():
         chosen = chosen_sites(part, params, sites)
         targets.report_coverage(targets.find_sites(params, part.sites.kinds), chosen)
+        # not those of `where`, to which a method may add
+        excluded: str | tuple[str, ...] = getattr(part, "exclude", ())
+        found = targets.find_sites(params, targets.KINDS) if sites is None else sites
+        targets.warn_of_unused(f"{part.name}.exclude", excluded, found)
         add_leaves(part, params, tree, rng, chosen)
     mask = dict(paths.walk(trainable_mask(method, tree)))
     return paths.map_with_path(

@@ -437,3 +437,25 @@ def report_coverage(sites: Sequence[Site], chosen: Mapping[Site, tuple[bool, ...
     if partial:
         rows = [f"  {adapted[kind]:4d} of {total[kind]:4d}  {kind}" for kind in total]
         _log.warning("some sites are adapted only in some layers:\n%s", "\n".join(rows))
+
+
+def warn_of_unused(
+    field: str, entries: str | tuple[str, ...], sites: Sequence[Site], what: str = "site"
+) -> None:
+    """Log a warning for each excluded name that matches nothing; it may be misspelled.
+
+    It is no error, because PEFT writes such entries, such as those of a head that is tied.
+
+    Args:
+        field: name of the option.
+        entries: its value: a list of suffixes, or a regular expression.
+        sites: the sites of the model.
+        what: what the sites are called in the message.
+    """
+    names = [name for site in sites for name in site.names]
+    for entry in (entries,) if isinstance(entries, str) else entries:
+        one = entry if isinstance(entries, str) else (entry,)
+        if not any(is_named_by(name, one) for name in names):
+            known = sorted({name.rpartition(".")[2] for name in names})
+            hint = nearest(entry, known)
+            _log.warning("%s: %r matches no %s of this model%s", field, entry, what, hint)

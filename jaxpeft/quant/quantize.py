@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import InitVar, dataclass
 from functools import lru_cache, partial
@@ -20,10 +19,8 @@ from jaxpeft.core.options import take_aliases
 from jaxpeft.core.paths import Path, Tree
 from jaxpeft.core.targets import ALL_LINEAR, Site, Targets
 from jaxpeft.core.tree import stack_leaves
-from jaxpeft.errors import ConfigError, nearest, show
+from jaxpeft.errors import ConfigError, show
 from jaxpeft.kernels import QUANTIZED
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -110,7 +107,8 @@ class Quant:
         """
         form, problems = QUANTIZED[self.form], list[str]()
         chosen = targets.resolve(params, Targets(self.targets, self.exclude))
-        self._warn_of_unused(params)
+        found = targets.find_sites(params)
+        targets.warn_of_unused("quant_exclude", self.exclude, found, "linear module")
         odd: dict[int, str] = {}
         for site in chosen:
             if self.group is not None and site.shape[0] % self.group:
@@ -134,24 +132,6 @@ class Quant:
         if problems:
             raise ConfigError(problems)
         return {(*site.path, "kernel"): site for site in chosen}
-
-    def _warn_of_unused(self, params: Mapping[str, Any]) -> None:
-        """Warn of excluded names that match no module; they may be misspelled."""
-        names = [name for site in targets.find_sites(params) for name in site.names]
-        entries = (self.exclude,) if isinstance(self.exclude, str) else self.exclude
-        for entry in entries:
-            if not any(
-                targets.is_named_by(
-                    name, self.exclude if isinstance(self.exclude, str) else (entry,)
-                )
-                for name in names
-            ):
-                known = sorted({name.rpartition(".")[2] for name in names})
-                _log.warning(
-                    "quant_exclude: %r matches no linear module of this model%s",
-                    entry,
-                    nearest(entry, known),
-                )
 
     @classmethod
     def of(cls, form: str, params: Mapping[str, Any], kernels: Set[Path]) -> Quant:

@@ -137,6 +137,26 @@ def test_a_partial_match_prints_a_coverage_table(caplog: pytest.LogCaptureFixtur
     assert "0 of    2  model.layers.*.mlp.up_proj" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "exclude", [("down_prj", "o_proj"), r".*\.down_prj"], ids=["list", "regex"]
+)
+def test_an_exclude_that_matches_nothing_is_warned_of_with_the_nearest_name(
+    exclude: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    method = LoRA(targets="all-linear", exclude_modules=exclude)
+    jax.eval_shape(lambda p: rewrite(method, p, jax.random.key(0)), tree("llama"))
+    (text,) = (record.getMessage() for record in caplog.records if "exclude" in record.getMessage())
+    wrong = exclude if isinstance(exclude, str) else exclude[0]
+    assert text.startswith(f"lora.exclude: {wrong!r} matches no site of this model")
+    assert isinstance(exclude, str) or "did you mean 'down_proj'" in text
+
+
+def test_an_exclude_that_matches_is_not_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    method = LoRA(targets="all-linear", exclude=("o_proj", "lm_head", "embed_tokens"))
+    jax.eval_shape(lambda p: rewrite(method, p, jax.random.key(0)), tree("llama"))
+    assert "exclude" not in caplog.text
+
+
 def test_sites_have_hugging_faces_names_and_flaxs_shapes() -> None:
     site = next(s for s in find_sites(tree("llama", scan=True)) if s.path[-1] == "gate_proj")
     assert site.names == ("model.layers.0.mlp.gate_proj", "model.layers.1.mlp.gate_proj")

@@ -285,3 +285,19 @@ def test_an_empty_layers_pattern_is_none(empty):
 def test_an_unknown_setting_of_another_method_is_refused():
     (problem,) = problems({"peft_type": "FULL", "use_dora": True})
     assert problem.startswith("use_dora: True is not supported")
+
+
+def test_every_method_reads_and_writes_the_exclusions_that_peft_has():
+    import dataclasses
+
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kinds = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    known = {
+        name: dict(method.peft.names(method)).get("exclude_modules")
+        for name, method in METHODS.items()
+        if method.peft.type
+        and "exclude_modules" in {f.name for f in dataclasses.fields(kinds[method.peft.type])}
+    }
+    assert len(known) > 15
+    assert known == dict.fromkeys(known, "exclude")
