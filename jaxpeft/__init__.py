@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from jaxpeft.core.bank import bank as bank
     from jaxpeft.core.bank import pick as pick
+    from jaxpeft.core.hotswap import pad_rank as pad_rank
     from jaxpeft.core.method import Method as Method
     from jaxpeft.core.nnx import params_of as params_of
     from jaxpeft.core.nnx import with_params as with_params
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 _WHERE = {
     "bank": "core.bank",
     "pick": "core.bank",
+    "pad_rank": "core.hotswap",
     "merge_adapters": "transforms.weighted",
     "merge_quantized": "transforms.merge_quantized",
     "Quant": "quant.quantize",

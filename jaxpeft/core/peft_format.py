@@ -50,6 +50,7 @@ class PeftFormat(Generic[M]):
         required: PEFT's names of options that a file must contain, because defaults differ.
         ignored: PEFT's names of options that do not affect a trained adapter, such as its
             initialization, or that `read_options` handles.
+        refused: PEFT's names of options that the method cannot support, with the reason.
         tensors: maps leaf names to tensor names; a leaf with two axes is stored transposed.
         untransposed: names of leaves that are not stored transposed.
         root_tensors: like `tensors`, for leaves at the root.
@@ -63,6 +64,7 @@ class PeftFormat(Generic[M]):
     options: Mapping[str, str] = field(default_factory=dict[str, str])
     required: tuple[str, ...] = ()
     ignored: frozenset[str] = frozenset()
+    refused: Mapping[str, str] = field(default_factory=dict[str, str])
     tensors: Mapping[str, str] = field(default_factory=dict[str, str])
     untransposed: frozenset[str] = frozenset()
     root_tensors: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -206,6 +208,7 @@ class PeftFormat(Generic[M]):
         return values, [
             *(
                 f"{key}: {show(value)} is not supported by the {name} method; nothing was loaded"
+                + (f"; {self.refused[key]}" if key in self.refused else "")
                 for key, value in rest.items()
             ),
             *(f"{key}: is not set; use the value of the adapter's training" for key in missing),

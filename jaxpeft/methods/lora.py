@@ -50,7 +50,12 @@ from jaxpeft.methods.targeted import TARGET_OPTIONS, Ranked, TargetedFormat
 from jaxpeft.methods.token_indices import TOKEN_INDICES
 
 _BASE_CHANGING = ("pissa", "olora", "corda", "lora_ga", "loftq")
-
+_REFUSED: Mapping[str, str] = {
+    "layer_replication": "its layers share the weights of the base, and a leaf of the base belongs"
+    " to one layer; save the deeper model as a checkpoint of its own and train an adapter of that",
+    "alora_invocation_tokens": "it applies from the invocation tokens on, and a site sees its"
+    " inputs, but not which tokens they are of",
+}
 
 M = TypeVar("M", bound="LoRA")
 
@@ -180,6 +185,7 @@ class LoRA(Biased, Ranked):
                 "megatron_core",
             }
         ),
+        refused=_REFUSED,
         companion=TOKEN_INDICES,
     )
 

@@ -192,8 +192,20 @@ def test_what_peft_writes_is_read(options, wanted):
             {"target_parameters": ["mlp.experts"]},
             "target_parameters: ['mlp.experts'] is not supported",
         ),
-        ({"layer_replication": [[0, 2]]}, "layer_replication: [[0, 2]] is not supported"),
-        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens: [1] is not supported"),
+        (
+            {"layer_replication": [[0, 2]]},
+            (
+                "layer_replication: [[0, 2]] is not supported by the lora method; nothing was loaded;"
+                " its layers share the weights of the base, and a leaf of the base belongs to one"
+            ),
+        ),
+        (
+            {"alora_invocation_tokens": [1]},
+            (
+                "alora_invocation_tokens: [1] is not supported by the lora method; nothing was loaded;"
+                " it applies from the invocation tokens on, and a site sees its inputs, but not which"
+            ),
+        ),
         (
             {"init_lora_weights": "pissa"},
             "init_lora_weights: 'pissa' changed the base at initialization; save the adapter conv",
@@ -204,6 +216,7 @@ def test_what_peft_writes_is_read(options, wanted):
         ),
         ({"init_lora_weights": "olora"}, "init_lora_weights: 'olora' changed the base"),
         ({"init_lora_weights": "corda"}, "init_lora_weights: 'corda' changed the base"),
+        ({"init_lora_weights": "lora_ga"}, "init_lora_weights: 'lora_ga' changed the base"),
     ],
     ids=lambda value: (
         " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else ""
