@@ -10,7 +10,7 @@ PEFT may leave the places of the entries out of a file and choose them again. Eq
 which a kernel in bfloat16 has many, then have no definite order. Here places are always written
 out, and a file without them is refused.
 
-"Super-Tuning" (arXiv:2607.09287).
+The paper that PEFT names as its source: "Super-Tuning" (arXiv:2607.09287).
 """
 
 from __future__ import annotations

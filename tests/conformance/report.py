@@ -2,7 +2,8 @@
 `python -m tests.conformance.report`.
 
 Further arguments go to pytest, such as `-n 2`; `--capabilities` alone writes the first table anew,
-keeps the others, and runs no test.
+keeps the others, and runs no test. `--missing`, first, tries only the rows that the page lacks and
+keeps what it says of the others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import platform
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,7 @@ class Results:
         self.passed: dict[tuple[str, str], int] = defaultdict(int)
         self.failed: dict[tuple[str, str], int] = defaultdict(int)
         self.gaps: dict[tuple[str, str], float] = defaultdict(float)
+        self.rows: frozenset[str] = frozenset()  # none for all
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Take a test's result."""
@@ -75,6 +78,8 @@ class Results:
             return
         test = found[1]
         name = found[2] if test in LIBRARY else row_of(found[2])
+        if self.rows and name not in self.rows:
+            return
         if report.passed:
             self.passed[name, test] += 1
         elif report.failed:
@@ -141,26 +146,78 @@ def paper(text: str) -> str:
     )
 
 
-def tables(results: Results) -> list[str]:
+@dataclass(frozen=True)
+class Earlier:
+    """What a page says of rows that were tried before.
+
+    Attributes:
+        properties: its lines of the table of properties, by row.
+        files: its lines of the table of files, by row.
+        tests: the properties, in the order of their letters.
+        library: the lines of the table of the adapters library.
+        passed: how many checks passed.
+        tried: how many were tried.
+    """
+
+    properties: Mapping[str, str] = field(default_factory=dict[str, str])
+    files: Mapping[str, str] = field(default_factory=dict[str, str])
+    tests: tuple[str, ...] = ()
+    library: tuple[str, ...] = ()
+    passed: int = 0
+    tried: int = 0
+
+    @classmethod
+    def of(cls, text: str) -> Earlier:
+        """Return what a page says."""
+        properties, _, files = text.partition("## Properties\n")[2].partition("## Files\n")
+        files, _, library = files.partition("| adapter |")
+        counts = re.search(r"(\d+) of (\d+) checks", properties)
+        return cls(
+            rows_in(properties),
+            rows_in(files),
+            tuple(
+                found.replace(" ", "_") for found in re.findall(r"\* \*\*\w\*\* (.+)", properties)
+            ),
+            tuple(rows_in(library.partition("\n")[2]).values()),
+            *map(int, counts.groups() if counts else (0, 0)),
+        )
+
+    def missing(self) -> list[str]:
+        """List the rows that the page lacks."""
+        return [name for name in ROWS if name not in self.properties or name not in self.files]
+
+
+def rows_in(text: str) -> dict[str, str]:
+    """Return the lines of a table, by the first cell."""
+    lines = (line for line in text.splitlines() if re.match(r"\| (?!method \|)", line))
+    return {line.split("|")[1].strip(): line for line in lines}
+
+
+def tables(results: Results, earlier: Earlier) -> list[str]:
     """Write the tables of properties and of files."""
     tests = list(dict.fromkeys(test for _, test in (*results.passed, *results.failed)))
-    ours = [test for test in tests if test not in (*PEFT, *LIBRARY)]
+    ours = list(
+        dict.fromkeys((*earlier.tests, *(test for test in tests if test not in (*PEFT, *LIBRARY))))
+    )
     letters = {test: chr(ord("a") + i) for i, test in enumerate(ours)}
     lines = [f"* **{letters[test]}** {test.replace('_', ' ')}" for test in ours]
     lines += [
+        "",
+        "A cell has how many checks passed; an empty one was not tried since its property is new.",
         "",
         "| method | " + " | ".join(letters.values()) + " |",
         "|---" * (len(ours) + 1) + "|",
     ]
     for name in ROWS:
-        lines.append(f"| {name} | " + " | ".join(cell(results, name, test) for test in ours) + " |")
+        new = f"| {name} | " + " | ".join(cell(results, name, test) for test in ours) + " |"
+        old = earlier.properties.get(name)
+        # a property that is newer than the row stays empty
+        lines.append(f"{old}{'  |' * (len(ours) - len(earlier.tests))}" if old else new)
     passed, failed = sum(results.passed.values()), sum(results.failed.values())
+    passed, tried = passed + earlier.passed, passed + failed + earlier.tried
     lines += [
         "",
-        (
-            f"{passed} of {passed + failed} checks passed, of {len(METHODS)} methods in {len(ROWS)}"
-            " variants."
-        ),
+        (f"{passed} of {tried} checks passed, of {len(METHODS)} methods in {len(ROWS)} variants."),
         "",
     ]
     lines += ["## Files", "", FILES, ""]
@@ -170,17 +227,18 @@ def tables(results: Results) -> list[str]:
     ]
     for name in ROWS:
         exact = results.passed[name, RESUMED] and not results.failed[name, RESUMED]
-        lines.append(
-            f"| {name} | {gaps(results, name, PEFT)} | {'0, every bit' if exact else 'differs'} |"
-        )
+        new = f"| {name} | {gaps(results, name, PEFT)} | {'0, every bit' if exact else 'differs'} |"
+        lines.append(earlier.files.get(name, new))
     cases = [name for name, test in results.passed if test == LIBRARY[0]]
-    if cases:
+    if cases or earlier.library:
         lines += [
             "",
             "| adapter | written here, read by `adapters` | written by `adapters`, read here |",
             "|---|---|---|",
         ]
-        lines += [f"| {name} | {gaps(results, name, LIBRARY)} |" for name in cases]
+        lines += earlier.library or [
+            f"| {name} | {gaps(results, name, LIBRARY)} |" for name in cases
+        ]
     return lines
 
 
@@ -214,13 +272,13 @@ def cell(results: Results, name: str, test: str) -> str:
     return f"{passed}/{passed + failed}" if passed + failed else ""
 
 
-def page(results: Results | None) -> str:
+def page(results: Results | None, earlier: Earlier) -> str:
     """Write the page; without results its first table alone."""
     libraries = ", ".join(
         f"{name} {version(name)}" for name in ("jax", "torch", "transformers", "peft")
     )
     where = f"On the CPU with {libraries}, Python {platform.python_version()}."
-    tried = ["## Properties", "", *tables(results), ""] if results else []
+    tried = ["## Properties", "", *tables(results, earlier), ""] if results else []
     return "\n".join(
         [HEAD, "## What each can do", "", where, "", *capabilities(), "", peft_types(), "", *tried]
     )
@@ -249,15 +307,20 @@ def main(argv: list[str]) -> int:
     """Run the tests and write the page."""
     if argv == ["--capabilities"]:
         _, heading, tried = OUT.read_text().partition("## Properties\n")
-        OUT.write_text(page(None) + heading + tried)
+        OUT.write_text(page(None, Earlier()) + heading + tried)
         return 0
-    results = Results()
+    results, earlier = Results(), Earlier()
     library = [f"{ROOT / 'tests' / 'hub' / 'test_adapterhub.py'}::test_{test}" for test in LIBRARY]
     properties = [
         str(Path(__file__).with_name(file)) for file in ("test_properties.py", "test_peft.py")
     ]
+    if argv[:1] == ["--missing"]:
+        earlier, library = Earlier.of(OUT.read_text()), []
+        results.rows = frozenset(earlier.missing())
+        chosen = (f"({name.replace(' ', ' and ')})" for name in results.rows)
+        argv = ["-k", " or ".join(chosen), *argv[1:]]
     code = pytest.main(["-q", *properties, *library, *argv], plugins=[results])
-    OUT.write_text(page(results))
+    OUT.write_text(page(results, earlier))
     return int(code)
 
 
