@@ -278,6 +278,7 @@ def test_bfloat16_warns_of_what_it_rounds_off(make, tmp_path, caplog):
     assert torch_base(tmp_path / "merged", SEQUENCE).config.to_dict()["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_the_error_is_that_of_all_changed_weights(make, tmp_path):
     made = make(jaxpeft.LoRA(rank=4, targets=("query", "value")), size=0.02)
     report = made.export(tmp_path / "merged", dtype="bfloat16")

@@ -113,6 +113,7 @@ def test_peft_gives_the_logits_of_an_adapter_of_jaxpeft(
     )
 
 
+@pytest.mark.slow
 @every_family
 @pytest.mark.representatives("gemma3_text")
 def test_gradients_of_lora_are_those_of_peft(reference: Make, tmp_path: Path, kind: str) -> None:

@@ -117,6 +117,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @both_stacks
 @pytest.mark.parametrize("name", ADAPTING)
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
@@ -302,6 +303,7 @@ def test_an_adapter_that_cannot_adapt_experts_is_refused(reference: Make) -> Non
     assert "lora_a" in only_attention["model"]["layers"]["4"]["self_attn"]["q_proj"]
 
 
+@pytest.mark.slow
 def test_a_stack_of_adapters_of_experts_is_refused(reference: Make) -> None:
     model, base = reference("qwen3_moe", CAUSAL).load(scan_layers=True)
     method = jaxpeft.LoRA(rank=2, targets=("down_proj",))

@@ -235,6 +235,7 @@ def test_case_20_a_change_that_is_allowed_is_told_and_gone_on_with(
     marks.message(wrong, "--allow-change=learning_rat: no such field")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["rows", "tokenizer", "template"])
 @pytest.mark.representatives("rows")
 def test_case_20_other_rows_tokenizer_or_template_are_refused(

@@ -116,6 +116,7 @@ def test_pairs_with_several_labels(make: Make, tmp_path: Path, capsys: Any) -> N
         assert row["prediction"] == [n for n, p in zip(NAMES, wanted, strict=True) if p > 0.5]
 
 
+@pytest.mark.slow
 def test_a_regression_gives_numbers(make: Make, tmp_path: Path, capsys: Any) -> None:
     adapter, logits = make("sequence_classification", 1, problem_type="regression")
     source = write_csv(tmp_path / "in.csv", text=TEXTS)

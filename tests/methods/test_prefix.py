@@ -90,6 +90,7 @@ def test_a_prefix_that_starts_from_tokens_is_the_tokens_in_front_of_the_row(
     np.testing.assert_allclose(forward(model, params, BATCH.ids, BATCH.mask), wanted, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_classifier_starts_from_the_keys_and_values_of_its_own_layers() -> None:
     method = jaxpeft.PrefixTuning(num_virtual_tokens=4, init_tokens=FRONT)
     made = []

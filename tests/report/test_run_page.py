@@ -26,6 +26,7 @@ def page(folder: Path) -> Page:
     return Page(run_page.html(run_folder.read(folder)))
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_its_page_shows(
     make_config: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
